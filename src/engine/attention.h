@@ -1,0 +1,52 @@
+// Causal attention, grouped over query heads, in f32: over the paged KV cache for inference, over
+// packed documents for training.
+//
+// Inference is exact: keys are taken in tiles of 16 positions and blocks of 512, merged in order
+// (online softmax, arXiv:2205.14135), so a token's result has the same bits whatever the batch,
+// the chunking of its prompt or the number of threads.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "base/threads.h"
+#include "engine/kv_cache.h"
+
+namespace moru {
+
+struct AttentionShape {
+  size_t heads = 0, kv_heads = 0, head_dim = 0;
+  float scale = 0;       // of the scores, usually head_dim^-½
+  float softcap = 0;     // 0: none
+  size_t window = 0;     // a query sees at most this many keys, itself included; 0: all
+};
+
+// Consecutive new tokens of one sequence whose keys and values are already in the cache.
+struct AttentionSpan {
+  size_t first_row;            // of q and out
+  size_t tokens;
+  size_t first_position;       // of the first of them
+  const KvSequence* sequence;
+};
+
+// q, out: [rows, heads · head_dim] f32, rows `ld` apart. out may not be q.
+void attend_cached(Pool& pool, const AttentionShape& shape, const KvCache& cache, size_t layer,
+                   std::span<const AttentionSpan> spans, const float* q, size_t ldq, float* out,
+                   size_t ldo);
+
+// Training: documents [starts[i], starts[i+1]) of a packed row attend to themselves alone; the
+// block-diagonal mask never exists.
+//   q [T, heads · head_dim], k and v [T, kv_heads · head_dim], out as q;
+//   lse [T, heads]: log-sum-exp of each query's scores, kept for the backward pass.
+void attend_packed(Pool& pool, const AttentionShape& shape, std::span<const size_t> starts,
+                   const float* q, size_t ldq, const float* k, const float* v, size_t ldkv,
+                   float* out, size_t ldo, float* lse);
+// Gradients of attend_packed; dq, dk, dv are overwritten. Sums run in a fixed order: the same bits
+// for any number of threads. d_out and out as in the forward pass.
+void attend_packed_backward(Pool& pool, const AttentionShape& shape,
+                            std::span<const size_t> starts, const float* q, size_t ldq,
+                            const float* k, const float* v, size_t ldkv, const float* out,
+                            const float* d_out, size_t ldo, const float* lse, float* dq, float* dk,
+                            float* dv);
+
+}  // namespace moru

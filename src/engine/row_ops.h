@@ -1,0 +1,75 @@
+// What a decoder block does to rows besides products: norms, rotary positions, gates, biases.
+//
+// Forward and backward stand side by side. All matrices are row major; `ld` is the distance between
+// rows in elements. Rows are independent and every row is reduced in one fixed order (16 lanes,
+// then a fixed tree), so results do not depend on the number of rows or threads, nor on the level
+// of the instruction set.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "base/threads.h"
+
+namespace moru {
+
+using Floats = std::span<const float>;
+
+// y[i] = x[i] · w[i] / sqrt(mean(x²) + eps)   arXiv:1910.07467
+// x, y: [m, n]; w: [n]. y may be x. Rows may also be heads: m · heads rows of head_dim.
+// inverse_rms: [m] or null, kept for the backward pass.
+void rms_norm_rows(Pool& pool, const float* x, size_t ldx, size_t m, size_t n, const float* w,
+                   float eps, float* y, size_t ldy, float* inverse_rms = nullptr);
+// The same with y rounded to bf16, as the float profile's products want it.
+void rms_norm_rows_bf16(Pool& pool, const float* x, size_t ldx, size_t m, size_t n, const float* w,
+                        float eps, uint16_t* y, size_t ldy, float* inverse_rms = nullptr);
+// dx += the gradient through the norm: with g = dy · w, r = inverse_rms,
+//   dx[i] += r · (g[i] − x[i] · r² · mean(g · x)).
+// dw: [n] or null, summed over rows in fixed tiles of 64 rows.
+void rms_norm_backward(Pool& pool, const float* x, size_t ldx, const float* inverse_rms,
+                       const float* dy, size_t ldy, size_t m, size_t n, const float* w, float* dx,
+                       size_t lddx, float* dw = nullptr);
+
+// Rotary positions, half-split pairs (i, i + dims/2)   arXiv:2104.09864
+// cosines, sines: [max_positions, dims / 2]; x: [m, heads · head_dim], the first `dims` of each
+// head turn. `inverse` turns back: the backward pass.
+struct RopeTable {
+  const float* cosines;
+  const float* sines;
+  size_t dims;
+};
+void rope_rows(Pool& pool, const RopeTable& table, std::span<const int32_t> positions, float* x,
+               size_t ldx, size_t heads, size_t head_dim, bool inverse = false);
+
+// h = act(gate) · up; [m, n] each. The backward writes d_gate and d_up (either may alias its
+// forward value) from dh.
+enum class Activation { silu, gelu_tanh };
+void gate_rows(Pool& pool, Activation act, const float* gate, size_t ldg, const float* up,
+               size_t ldu, size_t m, size_t n, float* h, size_t ldh);
+void gate_rows_bf16(Pool& pool, Activation act, const uint16_t* gate, const uint16_t* up, size_t m,
+                    size_t n, uint16_t* h);
+void gate_backward_bf16(Pool& pool, Activation act, const uint16_t* gate, const uint16_t* up,
+                        const float* dh, size_t m, size_t n, uint16_t* d_gate, uint16_t* d_up);
+void gate_backward(Pool& pool, Activation act, const float* gate, const float* up, const float* dh,
+                   size_t m, size_t n, float* d_gate, float* d_up);
+
+// y[r, :] += bias.
+void add_bias_rows(Pool& pool, float* y, size_t ldy, size_t m, size_t n, const float* bias);
+// y += scale · x, [m, n].
+void add_rows(Pool& pool, const float* x, size_t ldx, size_t m, size_t n, float scale, float* y,
+              size_t ldy);
+void round_to_bf16(Pool& pool, const float* x, size_t count, uint16_t* y);
+void widen_bf16(Pool& pool, const uint16_t* x, size_t count, float* y);
+
+// logits = cap · tanh(logits / cap), in place.
+void softcap_rows(Pool& pool, float* x, size_t count, float cap);
+
+// One row's log(sum(exp(x))), in f32 with the maximum taken out; sums in double.
+float log_sum_exp(Floats x);
+
+// Cross-entropy of m rows of logits [m, n] against targets [m]: nll[r] = lse(row) − row[target].
+// With d_scale ≠ 0 the logits are overwritten by d_scale · (softmax − onehot), the gradient.
+void cross_entropy_rows(Pool& pool, float* logits, size_t ld, size_t m, size_t n,
+                        const int32_t* targets, float* nll, float d_scale);
+
+}  // namespace moru
