@@ -1,0 +1,37 @@
+// Large buffers straight from the operating system, aligned to pages and, where it can, in huge
+// pages: weights, caches and arenas. Zero-filled, touched by whoever writes first.
+#pragma once
+#include <cstddef>
+#include <utility>
+
+namespace moru {
+
+class PageBuffer {
+ public:
+  PageBuffer() = default;
+  // Error: no_space.
+  explicit PageBuffer(size_t bytes);
+  ~PageBuffer();
+  PageBuffer(PageBuffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  PageBuffer& operator=(PageBuffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+
+  void* data() { return data_; }
+  const void* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Peak resident memory of this process so far, in bytes.
+size_t peak_memory_bytes();
+// What this process may use: the machine's memory or the cgroup's limit, the smaller one.
+size_t usable_memory_bytes();
+
+}  // namespace moru

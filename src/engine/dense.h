@@ -1,0 +1,48 @@
+// Products of dense float matrices, by oneDNN: training, BF16/F16/F32 models, calibration.
+//
+// The output is cut into a fixed grid of stripes that the pool's threads compute one at a time,
+// each with a single-threaded call, so results do not depend on the number of threads. Products
+// accumulate in f32. Only dense.cc speaks to oneDNN.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "base/threads.h"
+#include "formats/dtype.h"
+
+namespace moru {
+
+// A row-major view; `type` is f32 or bf16, `ld` the distance between rows in elements.
+struct DenseView {
+  DType type = DType::f32;
+  const void* data = nullptr;
+  size_t rows = 0, cols = 0, ld = 0;
+
+  static DenseView f32(const float* data, size_t rows, size_t cols, size_t ld = 0) {
+    return {DType::f32, data, rows, cols, ld == 0 ? cols : ld};
+  }
+  static DenseView bf16(const uint16_t* data, size_t rows, size_t cols, size_t ld = 0) {
+    return {DType::bf16, data, rows, cols, ld == 0 ? cols : ld};
+  }
+};
+
+// Where a product goes. `type` f32 or bf16; accumulate only with f32.
+struct DenseTarget {
+  DType type = DType::f32;
+  void* data = nullptr;
+  size_t ld = 0;
+  bool accumulate = false;
+  float scale = 1;  // of the product, before it is stored or added
+};
+
+// y [m, n] = x [m, k] · w [n, k]ᵀ       a linear layer forward
+// x and w have the same type.
+void matmul_nt(Pool& pool, const DenseView& x, const DenseView& w, const DenseTarget& y);
+// y [m, k] = x [m, n] · w [n, k]        its input gradient: x = dY, y = dX
+void matmul_nn(Pool& pool, const DenseView& x, const DenseView& w, const DenseTarget& y);
+// y [n, k] = a [m, n]ᵀ · x [m, k]       a weight gradient: a = dY
+// The sum over m is one call per stripe of y, in oneDNN's order: fixed for a shape.
+void matmul_tn(Pool& pool, const DenseView& a, const DenseView& x, const DenseTarget& y);
+
+}  // namespace moru

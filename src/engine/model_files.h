@@ -1,0 +1,42 @@
+// A model as it lies on disk, GGUF file or Hugging Face folder, seen through one set of names.
+//
+// Names are GGUF's ("blk.3.attn_q.weight"); a folder's are translated by its family's row. The row
+// order of q and k is given by `qk_interleaved`; everything else is stored alike.
+#pragma once
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "engine/config.h"
+#include "formats/chat_template.h"
+#include "formats/gguf.h"
+#include "formats/safetensors.h"
+#include "formats/tokenizer.h"
+
+namespace moru {
+
+struct ModelFiles {
+  std::filesystem::path path;
+  Config config;
+  Tokenizer tokenizer;
+  std::optional<ChatTemplate> chat_template;
+  std::vector<TokenId> stop_ids;   // EOS list of the config, generation config and vocabulary
+  bool qk_interleaved = false;     // rows of q and k are in adjacent-pair order (GGUF llama)
+  float norm_offset = 0;           // add to norm gains: 1 for a Gemma folder
+  GgufMetadata metadata;           // what a GGUF of this model carries
+  std::vector<Tensor> tensors;     // under GGUF names, shapes [rows, cols], file order
+  std::vector<std::string> unmatched;  // names of the folder that nothing uses
+
+  const Tensor* find(std::string_view name) const;  // nullptr if absent
+
+  std::optional<GgufFile> gguf;               // what `tensors` point into
+  std::optional<SafetensorsFolder> folder;
+};
+
+// Errors: not_found, bad_input, unsupported (a family or flag, by name and value).
+ModelFiles open_model(const std::filesystem::path& path);
+
+}  // namespace moru
