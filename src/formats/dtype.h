@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <string>
 #include <string_view>
 
 namespace moru {
@@ -28,7 +29,7 @@ const DTypeTraits& traits(DType type);
 // nullopt for a type moru does not read.
 std::optional<DType> dtype_from_ggml(uint32_t id);
 // ggml's name for any id it ever had ("IQ2_XXS"), for refusals; "type 77" where there is none.
-std::string_view ggml_name(uint32_t id);
+std::string ggml_name(uint32_t id);
 // By name, ignoring case.
 std::optional<DType> dtype_from_name(std::string_view name);
 
