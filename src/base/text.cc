@@ -196,8 +196,7 @@ std::string truncate_to_width(std::string_view text, size_t width) {
   for (size_t at = 0; at < text.size();) {
     const Cluster cluster = cluster_at(text, at);
     used += cluster.width;
-    if (used > width)
-      return width == 0 ? std::string() : repair_utf8(text.substr(0, fits)) + "…";
+    if (used > width) return width == 0 ? std::string() : repair_utf8(text.substr(0, fits)) + "…";
     at += cluster.bytes;
     if (used < width) fits = at;
   }

@@ -94,7 +94,7 @@ TEST_CASE("display width counts columns, not bytes or code points") {
   CHECK(display_width("ｆｕｌｌ") == 8);
   CHECK(display_width("😀") == 2);
   CHECK(display_width("👨\u200D👩\u200D👧") == 2);  // one family
-  CHECK(display_width("👍🏽") == 2);               // with a skin tone
+  CHECK(display_width("👍🏽") == 2);         // with a skin tone
   CHECK(display_width("🇰🇷") == 2);
   CHECK(display_width("🇰🇷🇯🇵") == 4);
   CHECK(display_width("❤\uFE0F") == 2);
