@@ -1,0 +1,160 @@
+// The inner loops of the exact profile's product, one set a level of the instruction set, and the
+// layout of packed weights that they share.
+//
+// Sixteen rows of a matrix make a panel; columns go in units of 32. A panel is
+//
+//   | scales: a record each 32 (legacy) or 256 (K) columns | pad to 64 | codes: a record each unit
+//   |
+//
+// Everything is interleaved by row, so that a vector holds the same thing of sixteen rows and no
+// sum ever runs across a vector. Column pair i of a unit is columns 2i and 2i + 1. A "word" is 32
+// u16 lanes of 64 bytes: lane 2r + p belongs to row r and column parity p. One word of int16
+// weights of a pair, times one token's two codes broadcast as 32 bits, is sixteen rows' partial
+// dots: one vpdpwssd. AVX2 takes the two halves of a word one after the other.
+//
+// Code records (code = the integer that the format's value table or sign turns into a weight):
+//
+//   nibbles   4 words. Word z, bits 4j of a lane: low four bits of the code of pair 4z + j.
+//   fifth     1 word after the nibbles (Q5). Pair 4z + j, with c = 2z + (j & 1), h = j >> 1: bit
+//             ((4 + c) & 7) + 8h is the code's fifth bit.
+//   top two   2 words after the nibbles (Q6_K, two's complement of 6 bits). Pair 8v + 4y + j, with
+//             c = 2y + (j & 1), h = j >> 1: bits 2c + 8h of word v are the code's top two.
+//   two bits  2 words (Q2_K, Q3_K). Pair 8v + j: bits 2j of word v are the code's low two.
+//   third     1 word after the two bits (Q3_K). Pair 8v + j + 4h, with c = 4v + j, j < 4: bit
+//             ((2 + c) & 7) + 8h is the code's third bit.
+//   bytes     16 × 32 bytes (Q8_0). Byte 2r + p of vector i: the int8 code of pair i.
+//
+// The fifth and third bits stand where one shift brings both of them to the place above the code's
+// other bits in each byte of a lane.
+//
+// Scale records ([16] means: one for each row):
+//
+//   Q4_0 Q5_0 Q8_0 IQ4_NL  f16 d[16]
+//   Q4_1 Q5_1              f16 d[16], m[16]
+//   MXFP4                  u8 e[16]
+//   Q4_K Q5_K              f16 d[16], dmin[16]; six(scale 0…7, min 0…7)
+//   Q3_K                   f16 d[16]; six(scale 0…15)
+//   Q2_K                   f16 d[16], dmin[16]; u8 (scale | min << 4)[16 sub-blocks][16]
+//   Q6_K                   f16 d[16]; i8 scale[16 sub-blocks][16]
+//   IQ4_XS                 f16 d[16]; u32 [16] nibble b: low four bits of scale b; u16 [16] bits
+//                          2b: its high two
+//
+//   six(v0 … v15) = three u32 [16]: v(5i + j) at bit 6j of word i; v15's three bit pairs, lowest
+//   first, at bit 30 of each.
+//
+// What a product is, bit for bit, at every level and for any number of tokens. For token t and row
+// r, over blocks b of 16 or 32 columns in order:
+//
+//   dot  = Σ weight code · token code         exact in int32: 32 · 127 · 32,767 < 2^31
+//   acc  = fma(float(dot), scale_b, acc)      scale_b = d or d · sub-scale, exact in f32
+//   acc  = fma(min_b, float(Σ token codes), acc)   formats with a minimum; min_b = m or −dmin · min
+//   y    = acc · token scale, or fma(acc, token scale, y)
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "base/cpu.h"
+#include "formats/dtype.h"
+
+namespace moru {
+
+inline constexpr size_t kPanelRows = 16;
+inline constexpr size_t kUnitCols = 32;
+inline constexpr size_t kStripeRows = 32;   // rows of an unpacked stripe: two panels
+inline constexpr size_t kDirectTokens = 4;  // most tokens that `direct` multiplies at once
+
+// What the layout of a format's panels depends on.
+struct PanelFormat {
+  size_t block;  // columns that share a scale: 16 or 32
+  bool has_min;
+  size_t scale_cols;   // columns of a scale record: 32 or 256
+  size_t scale_bytes;  // of a scale record
+  size_t unit_bytes;   // of a code record
+};
+inline constexpr size_t kPanelFormats = 13;
+constexpr size_t panel_format_index(DType type) {
+  return static_cast<size_t>(type) - static_cast<size_t>(DType::q4_0);
+}
+inline constexpr PanelFormat kPanelFormat[kPanelFormats] = {
+    /* q4_0   */ {32, false, 32, 32, 256},
+    /* q4_1   */ {32, true, 32, 64, 256},
+    /* q5_0   */ {32, false, 32, 32, 320},
+    /* q5_1   */ {32, true, 32, 64, 320},
+    /* q8_0   */ {32, false, 32, 32, 512},
+    /* q2_k   */ {16, true, 256, 320, 128},
+    /* q3_k   */ {16, false, 256, 224, 192},
+    /* q4_k   */ {32, true, 256, 256, 256},
+    /* q5_k   */ {32, true, 256, 256, 320},
+    /* q6_k   */ {16, false, 256, 288, 384},
+    /* iq4_nl */ {32, false, 32, 32, 256},
+    /* iq4_xs */ {32, false, 256, 128, 256},
+    /* mxfp4  */ {32, false, 32, 16, 256},
+};
+
+// Consecutive panels of a matrix.
+struct Panels {
+  const uint8_t* data;  // 64-byte aligned
+  size_t panel_bytes;
+  size_t codes_at;  // where a panel's code records begin
+  size_t units;     // 32-column units of a row
+  size_t rows;      // rows to compute; the last panel may have fewer than 16
+};
+
+// Rows of activations.
+struct Tokens {
+  const int16_t* codes;  // [count, stride]
+  size_t stride;
+  const float*
+      sums;  // [count, sums_stride] sums of codes by 16 or 32 columns, as the format's block
+  size_t sums_stride;
+  const float* scales;  // [count]
+  size_t count;
+};
+
+// y[t · ldy + r]; `add` adds to it.
+struct Target {
+  float* y;
+  size_t ldy;
+  bool add;
+};
+
+// A stripe unpacked to int16: codes [pairs][lanes][2] and scales, minimums [blocks][lanes], where
+// `lanes` is 32 for the two panels of a stripe, the second one's data beginning at lane 16.
+struct Stripe {
+  int16_t* codes;
+  float* scales;
+  float* mins;  // untouched by formats without a minimum
+  size_t lanes;
+};
+
+struct FormatKernels {
+  // Multiplies packed panels with up to kDirectTokens tokens.
+  void (*direct)(const Panels& w, const Tokens& x, const Target& y) noexcept;
+  // Unpacks one panel into 16 lanes.
+  void (*unpack)(const uint8_t* scales, const uint8_t* codes, size_t units,
+                 const Stripe& out) noexcept;
+};
+
+struct QuantKernels {
+  FormatKernels formats[kPanelFormats];
+  // Multiplies a stripe of 32 lanes, `rows` ≤ 32 of them wanted, with any number of tokens.
+  // Indexed by whether the block is 16 and whether there are minimums.
+  void (*stripe[2][2])(const Stripe& w, size_t cols, size_t rows, const Tokens& x,
+                       const Target& y) noexcept;
+  // f32 values of `count` rows from `first` of a panel unpacked into 16 lanes: out[i · ld + column]
+  // = scale · code (+ min, where mins is not null), each operation rounded.
+  void (*dequantize)(const Stripe& w, size_t cols, size_t block, size_t first, size_t count,
+                     float* out, size_t ld) noexcept;
+  // One row of activations, k a multiple of 32: codes, their sums by 16 and by 32 columns, and the
+  // returned scale (quantize_rows in quant_matrix.h).
+  float (*quantize)(const float* x, size_t k, int16_t* codes, float* sums16,
+                    float* sums32) noexcept;
+};
+
+const QuantKernels& quant_kernels_scalar() noexcept;
+const QuantKernels& quant_kernels_avx2() noexcept;
+const QuantKernels& quant_kernels_avx512() noexcept;
+// Of a level that this processor has.
+const QuantKernels& quant_kernels(Isa level);
+
+}  // namespace moru

@@ -1,0 +1,226 @@
+// The definition of the exact product: every other level must give these bits. Plain loops, one
+// weight at a time, reading the packed layout as quant_kernels.h draws it.
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "base/half.h"
+#include "engine/quant_kernels.h"
+#include "formats/blocks.h"
+
+namespace moru {
+namespace {
+
+uint16_t u16_at(const uint8_t* p, size_t i) {
+  uint16_t value;
+  std::memcpy(&value, p + 2 * i, sizeof value);
+  return value;
+}
+uint32_t u32_at(const uint8_t* p, size_t i) {
+  uint32_t value;
+  std::memcpy(&value, p + 4 * i, sizeof value);
+  return value;
+}
+uint32_t lane_at(const uint8_t* word, size_t r, size_t p) { return u16_at(word, 2 * r + p); }
+float half_at(const uint8_t* p, size_t r) { return f32_from_f16(u16_at(p, r)); }
+
+constexpr bool has_nibbles(DType type) {
+  return type != DType::q8_0 && type != DType::q2_k && type != DType::q3_k;
+}
+
+// The weight of row r, pair i, parity p of a unit, before its scale.
+template <DType kType>
+int weight_at(const uint8_t* unit, size_t i, size_t r, size_t p) {
+  if constexpr (kType == DType::q8_0) {
+    return static_cast<int8_t>(unit[32 * i + 2 * r + p]);
+  } else if constexpr (kType == DType::q2_k || kType == DType::q3_k) {
+    const size_t v = i / 8, c = 4 * v + i % 4, h = i % 8 / 4;
+    const auto low = static_cast<int>(lane_at(unit + 64 * v, r, p) >> (2 * (i % 8)) & 3);
+    if constexpr (kType == DType::q2_k) return low;
+    const auto third = static_cast<int>(lane_at(unit + 128, r, p) >> (((2 + c) & 7) + 8 * h) & 1);
+    return (low | third << 2) - 4;
+  } else {
+    static_assert(has_nibbles(kType));
+    const size_t z = i / 4, j = i % 4, h = j >> 1;
+    const auto low = static_cast<int>(lane_at(unit + 64 * z, r, p) >> (4 * j) & 15);
+    if constexpr (kType == DType::iq4_nl || kType == DType::iq4_xs)
+      return kIq4Values[static_cast<size_t>(low)];
+    if constexpr (kType == DType::mxfp4) return kMxfp4Values[static_cast<size_t>(low)];
+    if constexpr (kType == DType::q4_0) return low - 8;
+    if constexpr (kType == DType::q4_1 || kType == DType::q4_k) return low;
+    if constexpr (kType == DType::q6_k) {
+      const size_t c = 2 * (z & 1) + (j & 1);
+      const auto top =
+          static_cast<int>(lane_at(unit + 256 + 64 * (z / 2), r, p) >> (2 * c + 8 * h) & 3);
+      const int code = low | top << 4;
+      return code >= 32 ? code - 64 : code;
+    }
+    const size_t c = 2 * z + (j & 1);
+    const auto fifth = static_cast<int>(lane_at(unit + 256, r, p) >> (((4 + c) & 7) + 8 * h) & 1);
+    return (low | fifth << 4) - (kType == DType::q5_0 ? 16 : 0);
+  }
+}
+
+// Value n of the sixteen that six() packs.
+int six_bits(const uint8_t* words, size_t n, size_t r) {
+  const auto word = [&](size_t i) { return u32_at(words + 64 * i, r); };
+  if (n < 15) return static_cast<int>(word(n / 5) >> (6 * (n % 5)) & 63);
+  return static_cast<int>(word(0) >> 30 | word(1) >> 30 << 2 | word(2) >> 30 << 4);
+}
+
+struct ScaleMinF32 {
+  float scale, min;
+};
+
+// Scale and minimum of row r in block b of a scale record.
+template <DType kType>
+ScaleMinF32 scale_at(const uint8_t* record, size_t b, size_t r) {
+  switch (kType) {
+    case DType::q4_1:
+    case DType::q5_1:
+      return {half_at(record, r), half_at(record + 32, r)};
+    case DType::mxfp4: {
+      const uint32_t e = record[r];  // 2^(e − 128), where 2^-128 and 2^-127 are subnormal
+      return {std::bit_cast<float>(e < 2 ? 0x00200000u << e : (e - 1) << 23), 0};
+    }
+    case DType::q4_k:
+    case DType::q5_k: {
+      const auto scale = static_cast<float>(six_bits(record + 64, b, r));
+      const auto min = static_cast<float>(six_bits(record + 64, 8 + b, r));
+      return {half_at(record, r) * scale, -(half_at(record + 32, r) * min)};
+    }
+    case DType::q3_k:
+      return {half_at(record, r) * static_cast<float>(six_bits(record + 32, b, r) - 32), 0};
+    case DType::q2_k: {
+      const uint8_t both = record[64 + 16 * b + r];
+      return {half_at(record, r) * static_cast<float>(both & 15),
+              -(half_at(record + 32, r) * static_cast<float>(both >> 4))};
+    }
+    case DType::q6_k: {
+      const auto scale = static_cast<int8_t>(record[32 + 16 * b + r]);
+      return {half_at(record, r) * static_cast<float>(scale), 0};
+    }
+    case DType::iq4_xs: {
+      const auto low = static_cast<int>(u32_at(record + 32, r) >> (4 * b) & 15);
+      const int high = u16_at(record + 96, r) >> (2 * b) & 3;
+      return {half_at(record, r) * static_cast<float>((low | high << 4) - 32), 0};
+    }
+    default:
+      return {half_at(record, r), 0};
+  }
+}
+
+template <DType kType>
+void unpack(const uint8_t* scales, const uint8_t* codes, size_t units, const Stripe& out) noexcept {
+  constexpr PanelFormat format = kPanelFormat[panel_format_index(kType)];
+  for (size_t pair = 0; pair < units * 16; ++pair)
+    for (size_t r = 0; r < kPanelRows; ++r)
+      for (size_t p = 0; p < 2; ++p)
+        out.codes[2 * (pair * out.lanes + r) + p] = static_cast<int16_t>(
+            weight_at<kType>(codes + pair / 16 * format.unit_bytes, pair % 16, r, p));
+  constexpr size_t per_record = format.scale_cols / format.block;
+  for (size_t b = 0; b < units * kUnitCols / format.block; ++b)
+    for (size_t r = 0; r < kPanelRows; ++r) {
+      const ScaleMinF32 s =
+          scale_at<kType>(scales + b / per_record * format.scale_bytes, b % per_record, r);
+      out.scales[b * out.lanes + r] = s.scale;
+      if (format.has_min) out.mins[b * out.lanes + r] = s.min;
+    }
+}
+
+void store(const Target& y, size_t t, size_t r, float acc, float scale) {
+  float& out = y.y[t * y.ldy + r];
+  out = y.add ? std::fma(acc, scale, out) : acc * scale;
+}
+
+template <DType kType>
+void direct(const Panels& w, const Tokens& x, const Target& y) noexcept {
+  constexpr PanelFormat format = kPanelFormat[panel_format_index(kType)];
+  constexpr size_t per_record = format.scale_cols / format.block;
+  constexpr size_t per_unit = kUnitCols / format.block;
+  for (size_t row = 0; row < w.rows; ++row) {
+    const uint8_t* panel = w.data + row / kPanelRows * w.panel_bytes;
+    const size_t r = row % kPanelRows;
+    for (size_t t = 0; t < x.count; ++t) {
+      float acc = 0;
+      for (size_t b = 0; b < w.units * per_unit; ++b) {
+        const uint8_t* unit = panel + w.codes_at + b / per_unit * format.unit_bytes;
+        const int16_t* code = x.codes + t * x.stride + b * format.block;
+        int32_t dot = 0;
+        for (size_t c = 0; c < format.block; ++c)
+          dot += weight_at<kType>(unit, b % per_unit * 8 + c / 2, r, c % 2) * code[c];
+        const ScaleMinF32 s =
+            scale_at<kType>(panel + b / per_record * format.scale_bytes, b % per_record, r);
+        acc = std::fma(static_cast<float>(dot), s.scale, acc);
+        if (format.has_min) acc = std::fma(s.min, x.sums[t * x.sums_stride + b], acc);
+      }
+      store(y, t, row, acc, x.scales[t]);
+    }
+  }
+}
+
+template <size_t kBlock, bool kMin>
+void stripe(const Stripe& w, size_t cols, size_t rows, const Tokens& x, const Target& y) noexcept {
+  for (size_t t = 0; t < x.count; ++t)
+    for (size_t r = 0; r < rows; ++r) {
+      float acc = 0;
+      for (size_t b = 0; b < cols / kBlock; ++b) {
+        int32_t dot = 0;
+        for (size_t c = b * kBlock; c < (b + 1) * kBlock; ++c)
+          dot += w.codes[2 * (c / 2 * w.lanes + r) + c % 2] * x.codes[t * x.stride + c];
+        acc = std::fma(static_cast<float>(dot), w.scales[b * w.lanes + r], acc);
+        if (kMin) acc = std::fma(w.mins[b * w.lanes + r], x.sums[t * x.sums_stride + b], acc);
+      }
+      store(y, t, r, acc, x.scales[t]);
+    }
+}
+
+void dequantize(const Stripe& w, size_t cols, size_t block, size_t first, size_t count, float* out,
+                size_t ld) noexcept {
+  for (size_t i = 0; i < count; ++i)
+    for (size_t c = 0; c < cols; ++c) {
+      const size_t r = first + i, at = c / block * w.lanes + r;
+      const auto code = static_cast<float>(w.codes[2 * (c / 2 * w.lanes + r) + c % 2]);
+      const float value = code * w.scales[at];
+      out[i * ld + c] = w.mins != nullptr ? value + w.mins[at] : value;
+    }
+}
+
+float quantize(const float* x, size_t k, int16_t* codes, float* sums16, float* sums32) noexcept {
+  uint32_t largest = 0;  // of the magnitudes as bits, where a NaN is above infinity
+  for (size_t i = 0; i < k; ++i)
+    largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
+  const float max = std::bit_cast<float>(largest);
+  const bool usable = max >= 0x1p-100f && largest < 0x7f800000u;
+  const float inverse = usable ? 32767.0f / max : 0;
+  for (size_t b = 0; b < k / 16; ++b) {
+    int32_t sum = 0;
+    for (size_t i = 16 * b; i < 16 * b + 16; ++i) {
+      codes[i] = usable ? static_cast<int16_t>(std::lrint(x[i] * inverse)) : int16_t{0};
+      sum += codes[i];
+    }
+    sums16[b] = static_cast<float>(sum);
+  }
+  for (size_t b = 0; b < k / 32; ++b) sums32[b] = sums16[2 * b] + sums16[2 * b + 1];
+  if (largest >= 0x7f800000u) return std::bit_cast<float>(0x7fc00000u);
+  return usable ? max / 32767.0f : 0;
+}
+
+template <DType kType>
+constexpr FormatKernels kFormat = {direct<kType>, unpack<kType>};
+
+constexpr QuantKernels kKernels = {
+    {kFormat<DType::q4_0>, kFormat<DType::q4_1>, kFormat<DType::q5_0>, kFormat<DType::q5_1>,
+     kFormat<DType::q8_0>, kFormat<DType::q2_k>, kFormat<DType::q3_k>, kFormat<DType::q4_k>,
+     kFormat<DType::q5_k>, kFormat<DType::q6_k>, kFormat<DType::iq4_nl>, kFormat<DType::iq4_xs>,
+     kFormat<DType::mxfp4>},
+    {{stripe<32, false>, stripe<32, true>}, {stripe<16, false>, stripe<16, true>}},
+    dequantize,
+    quantize,
+};
+
+}  // namespace
+
+const QuantKernels& quant_kernels_scalar() noexcept { return kKernels; }
+
+}  // namespace moru

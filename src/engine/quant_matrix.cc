@@ -1,0 +1,243 @@
+#include "engine/quant_matrix.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "base/error.h"
+#include "engine/quant_kernels.h"
+#include "engine/quant_pack.h"
+
+namespace moru {
+
+const QuantKernels& quant_kernels(Isa level) {
+  switch (level) {
+    case Isa::scalar:
+      return quant_kernels_scalar();
+    case Isa::avx2:
+      return quant_kernels_avx2();
+    case Isa::avx512:
+      return quant_kernels_avx512();
+  }
+  return quant_kernels_scalar();
+}
+
+namespace {
+
+// From this many tokens on, a stripe is unpacked once for all of them.
+constexpr size_t kStripeTokens = 12;
+// Tokens that share one unpacking: their codes, k = 1536, fill 1.5 MB of L3 beside the stripe in
+// L2.
+constexpr size_t kTokenBlock = 512;
+// A task of the direct kernel reads about this many bytes of weights: long enough to hide its
+// start, short enough that threads finish together.
+constexpr size_t kTaskBytes = 64 << 10;
+
+const QuantKernels& kernels() {
+  static const QuantKernels& chosen = quant_kernels(isa());
+  return chosen;
+}
+
+size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+size_t divide_up(size_t n, size_t by) { return (n + by - 1) / by; }
+
+// One thread's unpacked stripe; grows to the widest matrix met, then stays.
+class Scratch {
+ public:
+  Stripe stripe(size_t cols, size_t lanes) {
+    const size_t codes = cols * lanes * sizeof(int16_t);
+    const size_t scales = cols / 16 * lanes * sizeof(float);
+    if (codes + 2 * scales > memory_.bytes()) memory_ = PageBuffer(codes + 2 * scales);
+    auto* at = static_cast<std::byte*>(memory_.data());
+    return {reinterpret_cast<int16_t*>(at), reinterpret_cast<float*>(at + codes),
+            reinterpret_cast<float*>(at + codes + scales), lanes};
+  }
+
+ private:
+  PageBuffer memory_;
+};
+thread_local Scratch scratch;
+
+}  // namespace
+
+void QuantizedRows::resize(size_t m, size_t k) {
+  MORU_CHECK(k % kUnitCols == 0);
+  // One cache line between rows, so that rows of 2^n codes do not fall on the same cache sets.
+  const size_t stride = k + 32;
+  const size_t codes = m * stride * sizeof(int16_t);
+  const size_t scales = round_up(m * sizeof(float), 64);
+  const size_t sums16 = m * (k / 16) * sizeof(float), sums32 = m * (k / 32) * sizeof(float);
+  const size_t bytes = codes + scales + sums16 + sums32;
+  if (bytes > memory_.bytes()) memory_ = PageBuffer(bytes);
+  m_ = m;
+  k_ = k;
+  stride_ = stride;
+  auto* at = static_cast<std::byte*>(memory_.data());
+  codes_ = reinterpret_cast<int16_t*>(at);
+  scales_ = reinterpret_cast<float*>(at + codes);
+  sums16_ = reinterpret_cast<float*>(at + codes + scales);
+  sums32_ = reinterpret_cast<float*>(at + codes + scales + sums16);
+}
+
+void QuantizedRows::set_row(size_t i, const float* x) {
+  MORU_DCHECK(i < m_);
+  scales_[i] = kernels().quantize(x, k_, codes_ + i * stride_, sums16_ + i * (k_ / 16),
+                                  sums32_ + i * (k_ / 32));
+}
+
+void quantize_rows(Pool& pool, const float* x, size_t ldx, size_t m, size_t k, QuantizedRows& out) {
+  out.resize(m, k);
+  constexpr size_t kRows = 4;  // a task's: about a microsecond's work
+  pool.each(divide_up(m, kRows), [&](size_t task) {
+    for (size_t i = task * kRows; i < std::min(m, (task + 1) * kRows); ++i)
+      out.set_row(i, x + i * ldx);
+  });
+}
+
+// What products see of the two classes.
+struct QuantMatrixView {
+  static Panels panels(const QuantMatrix& w, size_t panel, size_t count) {
+    const size_t rows = std::min(w.rows_ - panel * kPanelRows, count * kPanelRows);
+    return {static_cast<const uint8_t*>(w.memory_.data()) + panel * w.panel_bytes_, w.panel_bytes_,
+            w.codes_at_, w.cols_ / kUnitCols, rows};
+  }
+  static size_t panel_bytes(const QuantMatrix& w) { return w.panel_bytes_; }
+};
+struct QuantizedRowsView {
+  static Tokens tokens(const QuantizedRows& x, size_t first, size_t count, size_t block) {
+    const float* sums = block == 16 ? x.sums16_ : x.sums32_;
+    return {x.codes_ + first * x.stride_,
+            x.stride_,
+            sums + first * (x.k_ / block),
+            x.k_ / block,
+            x.scales_ + first,
+            count};
+  }
+};
+
+namespace {
+
+const PanelFormat& format_of(const QuantMatrix& w) {
+  return kPanelFormat[panel_format_index(w.type())];
+}
+size_t panels_of(const QuantMatrix& w) { return divide_up(w.rows(), kPanelRows); }
+
+// A product's work as a row of equal tasks.
+size_t direct_panels(const QuantMatrix& w) {  // of a task
+  return std::max<size_t>(1, kTaskBytes / QuantMatrixView::panel_bytes(w));
+}
+size_t direct_tasks(const QuantMatrix& w) { return divide_up(panels_of(w), direct_panels(w)); }
+
+void direct_task(const QuantizedRows& x, const QuantProduct& p, size_t task) {
+  const QuantMatrix& w = *p.w;
+  const size_t panel = task * direct_panels(w);
+  const Panels panels = QuantMatrixView::panels(w, panel, direct_panels(w));
+  const auto direct = kernels().formats[panel_format_index(w.type())].direct;
+  for (size_t t = 0; t < x.rows(); t += kDirectTokens) {
+    const size_t count = std::min(kDirectTokens, x.rows() - t);
+    direct(panels, QuantizedRowsView::tokens(x, t, count, format_of(w).block),
+           {p.y + t * p.ldy + panel * kPanelRows, p.ldy, p.store == Store::add});
+  }
+}
+
+size_t stripe_tasks(const QuantMatrix& w, size_t m) {
+  return divide_up(w.rows(), kStripeRows) * divide_up(m, kTokenBlock);
+}
+
+void stripe_task(const QuantizedRows& x, const QuantProduct& p, size_t task) {
+  const QuantMatrix& w = *p.w;
+  const size_t stripes = divide_up(w.rows(), kStripeRows);
+  const size_t row = task % stripes * kStripeRows, t = task / stripes * kTokenBlock;
+  const size_t rows = std::min(kStripeRows, w.rows() - row);
+  const PanelFormat& format = format_of(w);
+  const Panels panels = QuantMatrixView::panels(w, row / kPanelRows, 2);
+  const Stripe stripe = scratch.stripe(w.cols(), kStripeRows);
+  const auto unpack = kernels().formats[panel_format_index(w.type())].unpack;
+  for (size_t half = 0; half < divide_up(rows, kPanelRows); ++half) {
+    const uint8_t* panel = panels.data + half * panels.panel_bytes;
+    const size_t lane = half * kPanelRows;
+    unpack(panel, panel + panels.codes_at, panels.units,
+           {stripe.codes + 2 * lane, stripe.scales + lane, stripe.mins + lane, stripe.lanes});
+  }
+  const size_t count = std::min(kTokenBlock, x.rows() - t);
+  kernels().stripe[format.block == 16][format.has_min](
+      stripe, w.cols(), rows, QuantizedRowsView::tokens(x, t, count, format.block),
+      {p.y + t * p.ldy + row, p.ldy, p.store == Store::add});
+}
+
+}  // namespace
+
+QuantMatrix QuantMatrix::pack(Pool& pool, DType type, size_t rows, size_t cols,
+                              std::span<const std::byte> data) {
+  MORU_CHECK(is_quantized(type) && cols % traits(type).block == 0);
+  MORU_CHECK(data.size() == bytes_of(type, rows * cols));
+  const PanelSize size = panel_size(type, cols);
+  QuantMatrix out;
+  out.type_ = type;
+  out.rows_ = rows;
+  out.cols_ = cols;
+  out.panel_bytes_ = size.bytes;
+  out.codes_at_ = size.codes_at;
+  out.memory_ = PageBuffer(divide_up(rows, kPanelRows) * size.bytes);
+  auto* panels = static_cast<uint8_t*>(out.memory_.data());
+  const size_t row_bytes = bytes_of(type, cols);
+  pool.each(divide_up(rows, kPanelRows), [&](size_t panel) {
+    const size_t row = panel * kPanelRows;
+    pack_panel(type, data.data() + row * row_bytes, std::min(kPanelRows, rows - row), cols,
+               panels + panel * size.bytes);
+  });
+  return out;
+}
+
+void QuantMatrix::unpack_rows(size_t first, size_t count, float* out) const {
+  MORU_CHECK(first <= rows_ && count <= rows_ - first);
+  const PanelFormat& format = kPanelFormat[panel_format_index(type_)];
+  const auto unpack = kernels().formats[panel_format_index(type_)].unpack;
+  // 256 columns at a time: a whole number of every format's scale records, and 8 KB of codes.
+  constexpr size_t kCols = 256, kBlocks = kCols / 16;
+  alignas(64) int16_t codes[kCols * kPanelRows];
+  alignas(64) float scales[kBlocks * kPanelRows], mins[kBlocks * kPanelRows];
+  const Stripe part{codes, scales, mins, kPanelRows};
+  const Stripe value{codes, scales, format.has_min ? mins : nullptr, kPanelRows};
+  for (size_t row = first; row < first + count;) {
+    const size_t in_panel = row % kPanelRows;
+    const size_t n = std::min(kPanelRows - in_panel, first + count - row);
+    const auto* panel =
+        static_cast<const uint8_t*>(memory_.data()) + row / kPanelRows * panel_bytes_;
+    for (size_t c = 0; c < cols_; c += kCols) {
+      const size_t width = std::min(kCols, cols_ - c);
+      unpack(panel + c / format.scale_cols * format.scale_bytes,
+             panel + codes_at_ + c / kUnitCols * format.unit_bytes, width / kUnitCols, part);
+      kernels().dequantize(value, width, format.block, in_panel, n, out + (row - first) * cols_ + c,
+                           cols_);
+    }
+    row += n;
+  }
+}
+
+void matmul(Pool& pool, const QuantizedRows& x, std::span<const QuantProduct> products) {
+  const size_t m = x.rows();
+  if (m == 0) return;
+  const bool unpacked = m >= kStripeTokens;
+  size_t tasks = 0;
+  for (const QuantProduct& p : products) {
+    MORU_CHECK(p.w->cols() == x.cols());
+    tasks += unpacked ? stripe_tasks(*p.w, m) : direct_tasks(*p.w);
+  }
+  pool.each(tasks, [&](size_t task) {
+    for (const QuantProduct& p : products) {
+      const size_t own = unpacked ? stripe_tasks(*p.w, m) : direct_tasks(*p.w);
+      if (task < own) return unpacked ? stripe_task(x, p, task) : direct_task(x, p, task);
+      task -= own;
+    }
+  });
+}
+
+void matmul(Pool& pool, const QuantizedRows& x, const QuantMatrix& w, float* y, size_t ldy,
+            Store store) {
+  const QuantProduct product{&w, y, ldy, store};
+  matmul(pool, x, std::span(&product, 1));
+}
+
+}  // namespace moru

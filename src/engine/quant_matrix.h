@@ -1,0 +1,94 @@
+// Products of quantized weights, as a GGUF stores them, with activations of 16 bits.
+//
+// A row of activations becomes int16 codes with one f32 scale, 15 bits where bf16 has 8. Dots of
+// weight and activation codes are exact integers and everything after them happens in one fixed
+// order of f32 operations, so that a result depends on its row of weights and its row of
+// activations alone: never on the number of rows beside it, of threads, or on the level of the
+// instruction set. quant_kernels.h defines the product to the bit.
+//
+// Weights are repacked without loss at load: sixteen rows are interleaved, so that a vector holds
+// sixteen rows' codes and no horizontal sum is needed.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "base/memory.h"
+#include "base/threads.h"
+#include "formats/dtype.h"
+
+namespace moru {
+
+// Activations [m, k] as int16 codes, one scale a row: x ≈ scale · code. k is a multiple of 32.
+class QuantizedRows {
+ public:
+  // Allocates only when m · k grows beyond what it was before.
+  void resize(size_t m, size_t k);
+  // Row i = round-to-nearest-even(x · (32767 / max|x|)), scale = max|x| / 32767, with x: [k].
+  // A row whose largest magnitude is below 2^-100 counts as zero; one that holds an infinity or a
+  // NaN gets a NaN scale, so every product with it is NaN. Different rows may be set at once by
+  // different threads.
+  void set_row(size_t i, const float* x);
+
+  size_t rows() const { return m_; }
+  size_t cols() const { return k_; }
+  std::span<const int16_t> codes(size_t i) const { return {codes_ + i * stride_, k_}; }
+  float scale(size_t i) const { return scales_[i]; }
+
+ private:
+  friend struct QuantizedRowsView;
+  PageBuffer memory_;
+  size_t m_ = 0, k_ = 0, stride_ = 0;
+  int16_t* codes_ = nullptr;  // [m, stride]
+  float* scales_ = nullptr;   // [m]
+  float* sums16_ = nullptr;   // [m, k / 16]: sums of codes, for formats with minimums
+  float* sums32_ = nullptr;   // [m, k / 32]
+};
+
+// x: [m, k] with distance ldx between rows.
+void quantize_rows(Pool& pool, const float* x, size_t ldx, size_t m, size_t k, QuantizedRows& out);
+
+// A weight [rows, cols] of a quantized type; y = x · Wᵀ. Movable.
+class QuantMatrix {
+ public:
+  // `data` is the tensor as a GGUF stores it, rows · cols elements; cols a multiple of the type's
+  // block. Errors: no_space.
+  static QuantMatrix pack(Pool& pool, DType type, size_t rows, size_t cols,
+                          std::span<const std::byte> data);
+
+  DType type() const { return type_; }
+  size_t rows() const { return rows_; }
+  size_t cols() const { return cols_; }
+  size_t bytes() const { return memory_.bytes(); }
+
+  // out: [count, cols], the f32 values of rows [first, first + count), the same bits as
+  // dequantize() of the tensor. For embeddings, and for the float profile's panels.
+  void unpack_rows(size_t first, size_t count, float* out) const;
+
+ private:
+  friend struct QuantMatrixView;
+  DType type_{};
+  size_t rows_ = 0, cols_ = 0, panel_bytes_ = 0, codes_at_ = 0;
+  PageBuffer memory_;
+};
+
+enum class Store {
+  set,  // y = x · Wᵀ
+  add,  // y += x · Wᵀ
+};
+
+// y: [m, w.rows()] f32 with distance ldy between rows; x: [m, w.cols()].
+void matmul(Pool& pool, const QuantizedRows& x, const QuantMatrix& w, float* y, size_t ldy,
+            Store store = Store::set);
+
+// Several products of the same activations in one parallel phase: q, k, v; gate, up.
+struct QuantProduct {
+  const QuantMatrix* w;
+  float* y;
+  size_t ldy;
+  Store store = Store::set;
+};
+void matmul(Pool& pool, const QuantizedRows& x, std::span<const QuantProduct> products);
+
+}  // namespace moru

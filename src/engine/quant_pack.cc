@@ -1,0 +1,242 @@
+// Packing goes through one plain form: a row's codes of a unit as 32 bytes, and its scales as
+// small integers. So a format is a reader of ggml's block and a choice among the writers of planes.
+#include "engine/quant_pack.h"
+
+#include <array>
+#include <bit>
+#include <cstring>
+
+#include "base/error.h"
+#include "formats/blocks.h"
+
+namespace moru {
+namespace {
+
+static_assert(std::endian::native == std::endian::little);
+
+using Codes = std::array<uint8_t, kUnitCols>;
+
+void low_and_high(const uint8_t* qs, Codes& out) {  // nibble order of the blocks of 32
+  for (size_t j = 0; j < 16; ++j) {
+    out[j] = qs[j] & 15;
+    out[j + 16] = qs[j] >> 4;
+  }
+}
+void nibbles_of(const uint8_t* qs, bool high, Codes& out) {
+  const int shift = high ? 4 : 0;
+  for (size_t l = 0; l < 32; ++l) out[l] = (qs[l] >> shift) & 15;
+}
+void fifth_bits(const uint8_t (&qh)[4], Codes& out) {
+  for (size_t e = 0; e < 32; ++e)
+    out[e] = static_cast<uint8_t>(out[e] | ((qh[e / 8] >> (e % 8)) & 1) << 4);
+}
+
+// The codes of unit u of a block: u is 0 in blocks of 32.
+void read_codes(const BlockQ4_0& b, size_t, Codes& out) { low_and_high(b.qs, out); }
+void read_codes(const BlockQ4_1& b, size_t, Codes& out) { low_and_high(b.qs, out); }
+void read_codes(const BlockIq4Nl& b, size_t, Codes& out) { low_and_high(b.qs, out); }
+void read_codes(const BlockMxfp4& b, size_t, Codes& out) { low_and_high(b.qs, out); }
+void read_codes(const BlockQ5_0& b, size_t, Codes& out) {
+  low_and_high(b.qs, out);
+  fifth_bits(b.qh, out);
+}
+void read_codes(const BlockQ5_1& b, size_t, Codes& out) {
+  low_and_high(b.qs, out);
+  fifth_bits(b.qh, out);
+}
+void read_codes(const BlockQ8_0& b, size_t, Codes& out) { std::memcpy(out.data(), b.qs, 32); }
+void read_codes(const BlockQ2K& b, size_t u, Codes& out) {
+  for (size_t l = 0; l < 32; ++l) out[l] = (b.qs[32 * (u / 4) + l] >> (2 * (u % 4))) & 3;
+}
+void read_codes(const BlockQ3K& b, size_t u, Codes& out) {
+  for (size_t l = 0; l < 32; ++l) {
+    const int low = (b.qs[32 * (u / 4) + l] >> (2 * (u % 4))) & 3;
+    out[l] = static_cast<uint8_t>(low | ((b.hmask[l] >> u) & 1) << 2);
+  }
+}
+void read_codes(const BlockQ4K& b, size_t u, Codes& out) {
+  nibbles_of(b.qs + 32 * (u / 2), u % 2 != 0, out);
+}
+void read_codes(const BlockQ5K& b, size_t u, Codes& out) {
+  nibbles_of(b.qs + 32 * (u / 2), u % 2 != 0, out);
+  for (size_t l = 0; l < 32; ++l) out[l] = static_cast<uint8_t>(out[l] | ((b.qh[l] >> u) & 1) << 4);
+}
+void read_codes(const BlockQ6K& b, size_t u, Codes& out) {
+  const size_t n = u / 4, t = u % 4;
+  nibbles_of(b.ql + 64 * n + 32 * (t & 1), t >= 2, out);
+  for (size_t l = 0; l < 32; ++l) {  // minus 32, as two's complement of 6 bits
+    const int top = ((b.qh[32 * n + l] >> (2 * t)) & 3) ^ 2;
+    out[l] = static_cast<uint8_t>(out[l] | top << 4);
+  }
+}
+void read_codes(const BlockIq4Xs& b, size_t u, Codes& out) { low_and_high(b.qs + 16 * u, out); }
+
+// ---- planes ----
+
+void put_u16(uint8_t* p, size_t i, unsigned value) {
+  const auto v = static_cast<uint16_t>(value);
+  std::memcpy(p + 2 * i, &v, sizeof v);
+}
+void or_u32(uint8_t* p, size_t i, uint32_t bits) {
+  uint32_t v;
+  std::memcpy(&v, p + 4 * i, sizeof v);
+  v |= bits;
+  std::memcpy(p + 4 * i, &v, sizeof v);
+}
+
+// `code(i)` is the code of pair i of one row and column parity.
+template <DType kType, typename Code>
+void write_lane(Code code, uint8_t* unit, size_t lane) {
+  if constexpr (kType == DType::q8_0) {
+    for (size_t i = 0; i < 16; ++i) unit[32 * i + lane] = static_cast<uint8_t>(code(i));
+  } else if constexpr (kType == DType::q2_k || kType == DType::q3_k) {
+    unsigned third = 0;
+    for (size_t v = 0; v < 2; ++v) {
+      unsigned low = 0;
+      for (size_t j = 0; j < 8; ++j) {
+        low |= (code(8 * v + j) & 3) << (2 * j);
+        const size_t c = 4 * v + j % 4;
+        third |= (code(8 * v + j) >> 2) << (((2 + c) & 7) + 8 * (j / 4));
+      }
+      put_u16(unit + 64 * v, lane, low);
+    }
+    if constexpr (kType == DType::q3_k) put_u16(unit + 128, lane, third);
+  } else {
+    unsigned fifth = 0, top[2] = {0, 0};
+    for (size_t z = 0; z < 4; ++z) {
+      unsigned low = 0;
+      for (size_t j = 0; j < 4; ++j) {
+        const unsigned value = code(4 * z + j), high = value >> 4;
+        const size_t odd = j & 1, byte = 8 * (j >> 1);
+        low |= (value & 15) << (4 * j);
+        fifth |= (high & 1) << (((4 + 2 * z + odd) & 7) + byte);
+        top[z / 2] |= high << (2 * (2 * (z & 1) + odd) + byte);
+      }
+      put_u16(unit + 64 * z, lane, low);
+    }
+    if constexpr (kType == DType::q5_0 || kType == DType::q5_1 || kType == DType::q5_k)
+      put_u16(unit + 256, lane, fifth);
+    if constexpr (kType == DType::q6_k) {
+      put_u16(unit + 256, lane, top[0]);
+      put_u16(unit + 320, lane, top[1]);
+    }
+  }
+}
+
+void write_six(const std::array<uint8_t, 16>& values, uint8_t* words, size_t r) {
+  for (size_t n = 0; n < 15; ++n)
+    or_u32(words + 64 * (n / 5), r, static_cast<uint32_t>(values[n]) << (6 * (n % 5)));
+  for (size_t i = 0; i < 3; ++i)
+    or_u32(words + 64 * i, r, static_cast<uint32_t>((values[15] >> (2 * i)) & 3) << 30);
+}
+
+// ---- scales; records are zero before ----
+
+template <typename Block>  // blocks of 32 with a half, or two
+void write_scales(const Block& b, uint8_t* record, size_t r) {
+  put_u16(record, r, b.d);
+  if constexpr (requires { b.m; }) put_u16(record + 32, r, b.m);
+}
+void write_scales(const BlockMxfp4& b, uint8_t* record, size_t r) { record[r] = b.e; }
+template <typename Block>
+void write_scale_mins(const Block& b, uint8_t* record, size_t r) {
+  put_u16(record, r, b.d);
+  put_u16(record + 32, r, b.dmin);
+  std::array<uint8_t, 16> values;
+  for (size_t s = 0; s < 8; ++s) {
+    const ScaleMin both = scale_min_of(b.scales, s);
+    values[s] = both.scale;
+    values[8 + s] = both.min;
+  }
+  write_six(values, record + 64, r);
+}
+void write_scales(const BlockQ4K& b, uint8_t* record, size_t r) { write_scale_mins(b, record, r); }
+void write_scales(const BlockQ5K& b, uint8_t* record, size_t r) { write_scale_mins(b, record, r); }
+void write_scales(const BlockQ3K& b, uint8_t* record, size_t r) {
+  put_u16(record, r, b.d);
+  write_six(unpack_q3k_scales(b.scales), record + 32, r);
+}
+void write_scales(const BlockQ2K& b, uint8_t* record, size_t r) {
+  put_u16(record, r, b.d);
+  put_u16(record + 32, r, b.dmin);
+  for (size_t s = 0; s < 16; ++s) record[64 + 16 * s + r] = b.scales[s];
+}
+void write_scales(const BlockQ6K& b, uint8_t* record, size_t r) {
+  put_u16(record, r, b.d);
+  for (size_t s = 0; s < 16; ++s) record[32 + 16 * s + r] = static_cast<uint8_t>(b.scales[s]);
+}
+void write_scales(const BlockIq4Xs& b, uint8_t* record, size_t r) {
+  put_u16(record, r, b.d);
+  uint32_t low;
+  std::memcpy(&low, b.scales_l, sizeof low);
+  or_u32(record + 32, r, low);
+  put_u16(record + 96, r, b.scales_h);
+}
+
+template <DType kType, typename Block>
+void pack(const std::byte* rows, size_t count, size_t cols, uint8_t* panel) {
+  constexpr PanelFormat format = kPanelFormat[panel_format_index(kType)];
+  static_assert(Block::kElements == format.scale_cols);
+  const PanelSize size = panel_size(kType, cols);
+  std::memset(panel, 0, size.bytes);
+  const size_t blocks = cols / Block::kElements;
+  for (size_t r = 0; r < count; ++r) {
+    uint8_t* unit = panel + size.codes_at;
+    for (size_t i = 0; i < blocks; ++i) {
+      Block block;
+      std::memcpy(&block, rows + (r * blocks + i) * sizeof(Block), sizeof block);
+      write_scales(block, panel + i * format.scale_bytes, r);
+      for (size_t u = 0; u < Block::kElements / kUnitCols; ++u, unit += format.unit_bytes) {
+        Codes codes;
+        read_codes(block, u, codes);
+        for (size_t p = 0; p < 2; ++p)
+          write_lane<kType>([&](size_t pair) { return unsigned{codes[2 * pair + p]}; }, unit,
+                            2 * r + p);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+PanelSize panel_size(DType type, size_t cols) {
+  const PanelFormat& format = kPanelFormat[panel_format_index(type)];
+  const size_t scales = cols / format.scale_cols * format.scale_bytes;
+  const size_t codes_at = (scales + 63) / 64 * 64;
+  return {codes_at, codes_at + cols / kUnitCols * format.unit_bytes};
+}
+
+void pack_panel(DType type, const std::byte* rows, size_t count, size_t cols, uint8_t* panel) {
+  switch (type) {
+    case DType::q4_0:
+      return pack<DType::q4_0, BlockQ4_0>(rows, count, cols, panel);
+    case DType::q4_1:
+      return pack<DType::q4_1, BlockQ4_1>(rows, count, cols, panel);
+    case DType::q5_0:
+      return pack<DType::q5_0, BlockQ5_0>(rows, count, cols, panel);
+    case DType::q5_1:
+      return pack<DType::q5_1, BlockQ5_1>(rows, count, cols, panel);
+    case DType::q8_0:
+      return pack<DType::q8_0, BlockQ8_0>(rows, count, cols, panel);
+    case DType::q2_k:
+      return pack<DType::q2_k, BlockQ2K>(rows, count, cols, panel);
+    case DType::q3_k:
+      return pack<DType::q3_k, BlockQ3K>(rows, count, cols, panel);
+    case DType::q4_k:
+      return pack<DType::q4_k, BlockQ4K>(rows, count, cols, panel);
+    case DType::q5_k:
+      return pack<DType::q5_k, BlockQ5K>(rows, count, cols, panel);
+    case DType::q6_k:
+      return pack<DType::q6_k, BlockQ6K>(rows, count, cols, panel);
+    case DType::iq4_nl:
+      return pack<DType::iq4_nl, BlockIq4Nl>(rows, count, cols, panel);
+    case DType::iq4_xs:
+      return pack<DType::iq4_xs, BlockIq4Xs>(rows, count, cols, panel);
+    case DType::mxfp4:
+      return pack<DType::mxfp4, BlockMxfp4>(rows, count, cols, panel);
+    default:
+      MORU_CHECK(is_quantized(type));
+  }
+}
+
+}  // namespace moru
