@@ -15,21 +15,23 @@
 namespace moru {
 
 struct AttentionShape {
-  size_t heads = 0, kv_heads = 0, head_dim = 0;
-  float scale = 0;       // of the scores, usually head_dim^-½
-  float softcap = 0;     // 0: none
-  size_t window = 0;     // a query sees at most this many keys, itself included; 0: all
+  size_t heads = 0, kv_heads = 0, head_dim = 0;  // head_dim: a multiple of 16
+  float scale = 0;                               // of the scores, usually head_dim^-½
+  float softcap = 0;                             // 0: none
+  size_t window = 0;  // a query sees at most this many keys, itself included; 0: all
 };
 
 // Consecutive new tokens of one sequence whose keys and values are already in the cache.
 struct AttentionSpan {
-  size_t first_row;            // of q and out
+  size_t first_row;  // of q and out
   size_t tokens;
-  size_t first_position;       // of the first of them
+  size_t first_position;  // of the first of them
   const KvSequence* sequence;
 };
 
-// q, out: [rows, heads · head_dim] f32, rows `ld` apart. out may not be q.
+// q, out: [rows, heads · head_dim] f32, rows `ld` apart. out may not be q. Allocates nothing once
+// its scratch memory (per thread, up to 100 KB per row tile and the parts of long contexts) has
+// grown.
 void attend_cached(Pool& pool, const AttentionShape& shape, const KvCache& cache, size_t layer,
                    std::span<const AttentionSpan> spans, const float* q, size_t ldq, float* out,
                    size_t ldo);
@@ -41,12 +43,13 @@ void attend_cached(Pool& pool, const AttentionShape& shape, const KvCache& cache
 void attend_packed(Pool& pool, const AttentionShape& shape, std::span<const size_t> starts,
                    const float* q, size_t ldq, const float* k, const float* v, size_t ldkv,
                    float* out, size_t ldo, float* lse);
-// Gradients of attend_packed; dq, dk, dv are overwritten. Sums run in a fixed order: the same bits
-// for any number of threads. d_out and out as in the forward pass.
-void attend_packed_backward(Pool& pool, const AttentionShape& shape,
-                            std::span<const size_t> starts, const float* q, size_t ldq,
-                            const float* k, const float* v, size_t ldkv, const float* out,
-                            const float* d_out, size_t ldo, const float* lse, float* dq, float* dk,
-                            float* dv);
+// Gradients of attend_packed; dq, dk, dv are overwritten, with the row distances of q, k and v.
+// Sums run in a fixed order: the same bits for any number of threads. d_out and out as in the
+// forward pass. A document longer than 512 tokens is split into up to 4 parts, which takes up to 3
+// more floats of scratch memory per element of k.
+void attend_packed_backward(Pool& pool, const AttentionShape& shape, std::span<const size_t> starts,
+                            const float* q, size_t ldq, const float* k, const float* v, size_t ldkv,
+                            const float* out, const float* d_out, size_t ldo, const float* lse,
+                            float* dq, float* dk, float* dv);
 
 }  // namespace moru

@@ -2,7 +2,7 @@
 //
 // A page holds one span of positions for all layers and KV heads. Sequences that share a prefix
 // share its full pages; a page is freed when the last sequence lets go of it. Memory is taken once,
-// when the cache is made, and never grows.
+// when the cache is made, and never grows. One thread at a time, but for write() and the reading.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -17,7 +17,7 @@ inline constexpr size_t kPageTokens = 64;
 enum class KvType { f16, f32 };
 
 struct KvShape {
-  size_t layers = 0, kv_heads = 0, head_dim = 0;
+  size_t layers = 0, kv_heads = 0, head_dim = 0;  // head_dim: a multiple of 16
   KvType type = KvType::f16;
 };
 
@@ -55,8 +55,8 @@ class KvCache {
   size_t total_pages() const;
 
   KvSequence make_sequence();
-  // Another sequence with the first `tokens` of this one: full pages by reference, the last
-  // partial page by copy (which may need one free page; false if there is none).
+  // `into` becomes another sequence with the first `tokens` of `from`: full pages by reference, the
+  // last partial page by copy. False, and `into` unchanged, if that copy finds no free page.
   bool fork(const KvSequence& from, size_t tokens, KvSequence& into);
   // Makes room for `count` more tokens; false, and nothing taken, if too few pages are free.
   bool reserve(KvSequence& sequence, size_t count);
@@ -64,8 +64,8 @@ class KvCache {
   void truncate(KvSequence& sequence, size_t tokens);
 
   // Writes keys and values of `count` tokens at positions [first, first + count) of one layer,
-  // rounding to the cache's type; reserve() came before. k, v: [count, kv_heads · head_dim], rows
-  // `ld` apart.
+  // rounding to the cache's type (f16 saturates); reserve() came before. k, v: [count, kv_heads ·
+  // head_dim], rows `ld` apart. Different tokens may be written from different threads at a time.
   void write(const KvSequence& sequence, size_t layer, size_t first, size_t count, const float* k,
              const float* v, size_t ld);
   // Counts the tokens as present, after all layers have been written.

@@ -1,9 +1,10 @@
 // What a decoder block does to rows besides products: norms, rotary positions, gates, biases.
 //
 // Forward and backward stand side by side. All matrices are row major; `ld` is the distance between
-// rows in elements. Rows are independent and every row is reduced in one fixed order (16 lanes,
-// then a fixed tree), so results do not depend on the number of rows or threads, nor on the level
-// of the instruction set.
+// rows in elements. Rows are independent and every row is reduced in one fixed order (16 lanes
+// four times over, then a fixed tree), so results do not depend on the number of rows or threads,
+// nor on the level of the instruction set. f32 throughout; the bf16 variants read and write bf16
+// and compute in f32.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -25,7 +26,7 @@ void rms_norm_rows_bf16(Pool& pool, const float* x, size_t ldx, size_t m, size_t
                         float eps, uint16_t* y, size_t ldy, float* inverse_rms = nullptr);
 // dx += the gradient through the norm: with g = dy · w, r = inverse_rms,
 //   dx[i] += r · (g[i] − x[i] · r² · mean(g · x)).
-// dw: [n] or null, summed over rows in fixed tiles of 64 rows.
+// dw: [n] or null; dw += Σ over rows of dy · x · r, in fixed tiles of 64 rows.
 void rms_norm_backward(Pool& pool, const float* x, size_t ldx, const float* inverse_rms,
                        const float* dy, size_t ldy, size_t m, size_t n, const float* w, float* dx,
                        size_t lddx, float* dw = nullptr);
@@ -64,11 +65,13 @@ void widen_bf16(Pool& pool, const uint16_t* x, size_t count, float* y);
 // logits = cap · tanh(logits / cap), in place.
 void softcap_rows(Pool& pool, float* x, size_t count, float cap);
 
-// One row's log(sum(exp(x))), in f32 with the maximum taken out; sums in double.
+// One row's log(sum(exp(x))), with the maximum taken out: f32 over 4,096 values, then double. A row
+// of −∞ gives −∞.
 float log_sum_exp(Floats x);
 
 // Cross-entropy of m rows of logits [m, n] against targets [m]: nll[r] = lse(row) − row[target].
 // With d_scale ≠ 0 the logits are overwritten by d_scale · (softmax − onehot), the gradient.
+// Targets lie in [0, n); a logit of −∞ is a token that cannot be.
 void cross_entropy_rows(Pool& pool, float* logits, size_t ld, size_t m, size_t n,
                         const int32_t* targets, float* nll, float d_scale);
 

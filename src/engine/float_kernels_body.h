@@ -1,0 +1,603 @@
+// The kernels of float_kernels.h over a vector of 16 floats. Included by each level's file inside
+// its anonymous namespace, after it has defined Vec, Mask, kTileRows, kTileVecs and the operations;
+// so this file includes nothing itself.
+
+// A matrix operand in f16.
+struct Half {
+  uint16_t bits;
+};
+inline Vec load(const Half* p) { return load_f16(&p->bits); }
+
+// ---- Rows of any length -------------------------------------------------------------------------
+
+// How a loop over a row reads and writes: 16 elements, or the last few. uint16_t is bf16 here.
+struct Whole {
+  Vec get(const float* p) const { return load(p); }
+  Vec get(const uint16_t* p) const { return load_bf16(p); }
+  Vec get_or(const float* p, float) const { return load(p); }
+  Vec keep(Vec v) const { return v; }
+  void put(float* p, Vec v) const { store(p, v); }
+  void put(uint16_t* p, Vec v) const { store_bf16(p, v); }
+};
+struct Part {
+  size_t n;
+  Vec get(const float* p) const { return load_part(p, n); }
+  Vec get(const uint16_t* p) const {
+    uint16_t words[16] = {};
+    for (size_t i = 0; i < n; ++i) words[i] = p[i];
+    return load_bf16(words);
+  }
+  Vec get_or(const float* p, float rest) const {
+    return select(lanes_between(0, static_cast<int>(n)), load_part(p, n), splat(rest));
+  }
+  Vec keep(Vec v) const { return select(lanes_between(0, static_cast<int>(n)), v, zero()); }
+  void put(float* p, Vec v) const { store_part(p, n, v); }
+  void put(uint16_t* p, Vec v) const {
+    uint16_t words[16];
+    store_bf16(words, v);
+    for (size_t i = 0; i < n; ++i) p[i] = words[i];
+  }
+};
+
+// f(i, io) for each 16 elements of [0, n).
+template <typename F>
+inline void each_vec(size_t n, F f) {
+  size_t i = 0;
+  for (; i + 16 <= n; i += 16) f(i, Whole{});
+  if (i < n) f(i, Part{n - i});
+}
+
+// Folds [0, n) with acc = f(i, io, acc), from four accumulators, so that the latency of an addition
+// is hidden, and joins them as (0 + 1) + (2 + 3).
+template <typename F, typename Join>
+inline Vec fold(size_t n, Vec start, F f, Join join) {
+  Vec a = start, b = start, c = start, d = start;
+  size_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    a = f(i, Whole{}, a);
+    b = f(i + 16, Whole{}, b);
+    c = f(i + 32, Whole{}, c);
+    d = f(i + 48, Whole{}, d);
+  }
+  for (; i + 16 <= n; i += 16) a = f(i, Whole{}, a);
+  if (i < n) b = f(i, Part{n - i}, b);
+  return join(join(a, b), join(c, d));
+}
+template <typename F>
+inline float fold_sum(size_t n, F f) {
+  return sum_lanes(fold(n, zero(), f, [](Vec a, Vec b) { return add(a, b); }));
+}
+
+// ---- Functions ----------------------------------------------------------------------------------
+
+// e^x: x = n·ln 2 + r, |r| ≤ ½ ln 2, and a polynomial of degree 7 in r (Cephes, expf). Relative
+// error below 2e-7 for −87 ≤ x ≤ 88.37; below that 0, so that no subnormal number appears, above
+// it e^88.37. NaN stays NaN: min and max return their second operand then.
+inline Vec exp_of(Vec x) {
+  const Mask vanishes = less(x, splat(-87.0f));
+  const Vec in_range = min(splat(88.37f), max(splat(-87.0f), x));
+  // Adding 1.5 · 2^23 rounds to an integer and leaves it in the low bits.
+  const Vec magic = splat(12582912.0f);
+  const Vec t = fma(in_range, splat(1.44269504f), magic);
+  const Vec n = sub(t, magic);
+  Vec r = fnma(n, splat(0.693359375f), in_range);
+  r = fnma(n, splat(-2.12194440e-4f), r);
+  Vec p = fma(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  const Vec fraction = add(fma(p, mul(r, r), r), splat(1.0f));
+  return select(vanishes, zero(), mul(fraction, power_of_two(t)));
+}
+
+// 1 / (1 + e^−x)
+inline Vec sigmoid_of(Vec x) { return div(splat(1.0f), add(splat(1.0f), exp_of(sub(zero(), x)))); }
+
+// Small arguments by an odd polynomial (Cephes, tanhf), others as 1 − 2 / (e^2|x| + 1).
+inline Vec tanh_of(Vec x) {
+  const Vec size = magnitude(x), z = mul(x, x);
+  Vec p = fma(splat(-5.70498872745e-3f), z, splat(2.06390887954e-2f));
+  p = fma(p, z, splat(-5.37397155531e-2f));
+  p = fma(p, z, splat(1.33314422036e-1f));
+  p = fma(p, z, splat(-3.33332819422e-1f));
+  const Vec small = fma(mul(p, z), x, x);
+  const Vec grown = add(exp_of(add(size, size)), splat(1.0f));
+  const Vec large = with_sign(sub(splat(1.0f), div(splat(2.0f), grown)), x);
+  return select(less(size, splat(0.625f)), small, large);
+}
+
+// gelu_tanh(x) = ½x(1 + tanh u) = x · sigmoid(2u), u = √(2/π) (x + 0.044715 x³).
+inline Vec gelu_inner(Vec x) {  // 2u
+  const Vec cubic = fma(mul(x, x), splat(0.044715f), splat(1.0f));
+  return mul(mul(x, splat(1.59576912f)), cubic);
+}
+
+template <bool kGelu>
+inline Vec activate(Vec x) {
+  return mul(x, sigmoid_of(kGelu ? gelu_inner(x) : x));
+}
+
+// act(x) and its derivative: with s the sigmoid of a(x), s + x · s(1 − s) · a′.
+struct Activated {
+  Vec value, slope;
+};
+template <bool kGelu>
+inline Activated activate_with_slope(Vec x) {
+  const Vec s = sigmoid_of(kGelu ? gelu_inner(x) : x);
+  Vec inner_slope = splat(1.0f);
+  if (kGelu) {
+    const Vec cubic = fma(mul(x, x), splat(3 * 0.044715f), splat(1.0f));
+    inner_slope = mul(splat(1.59576912f), cubic);
+  }
+  const Vec value = mul(x, s);
+  return {value, fma(mul(value, sub(splat(1.0f), s)), inner_slope, s)};
+}
+
+// ---- Row operations -----------------------------------------------------------------------------
+
+template <typename Out>
+void rms_norm(const float* x, size_t ldx, size_t m, size_t n, const float* w, float eps, Out* y,
+              size_t ldy, float* inverse_rms) {
+  for (size_t row = 0; row < m; ++row, x += ldx, y += ldy) {
+    const float squares = fold_sum(n, [=](size_t i, auto io, Vec acc) {
+      const Vec v = io.get(x + i);
+      return fma(v, v, acc);
+    });
+    const float inverse = 1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + eps);
+    if (inverse_rms != nullptr) inverse_rms[row] = inverse;
+    const Vec r = splat(inverse);
+    each_vec(n,
+             [=](size_t i, auto io) { io.put(y + i, mul(mul(io.get(x + i), r), io.get(w + i))); });
+  }
+}
+
+void rms_norm_backward(const float* x, size_t ldx, const float* inverse_rms, const float* dy,
+                       size_t ldy, size_t m, size_t n, const float* w, float* dx, size_t lddx,
+                       float* dw) {
+  for (size_t row = 0; row < m; ++row, x += ldx, dy += ldy, dx += lddx) {
+    const float r = inverse_rms[row];
+    const float product = fold_sum(n, [=](size_t i, auto io, Vec acc) {
+      return fma(mul(io.get(dy + i), io.get(w + i)), io.get(x + i), acc);
+    });
+    const Vec inverse = splat(r), along = splat(r * r * (product / static_cast<float>(n)));
+    each_vec(n, [=](size_t i, auto io) {
+      const Vec v = io.get(x + i), d = io.get(dy + i);
+      const Vec across = fnma(v, along, mul(d, io.get(w + i)));
+      io.put(dx + i, fma(across, inverse, io.get(dx + i)));
+      if (dw != nullptr) io.put(dw + i, fma(mul(d, v), inverse, io.get(dw + i)));
+    });
+  }
+}
+
+void rope(const float* cosines, const float* sines, size_t dims, const int32_t* positions, size_t m,
+          float* x, size_t ldx, size_t heads, size_t head_dim, bool inverse) {
+  const size_t half = dims / 2;
+  for (size_t row = 0; row < m; ++row) {
+    const size_t at = static_cast<size_t>(positions[row]) * half;
+    for (size_t head = 0; head < heads; ++head) {
+      float* a = x + row * ldx + head * head_dim;
+      each_vec(half, [=](size_t i, auto io) {
+        const Vec c = io.get(cosines + at + i);
+        const Vec s = inverse ? sub(zero(), io.get(sines + at + i)) : io.get(sines + at + i);
+        const Vec u = io.get(a + i), v = io.get(a + half + i);
+        io.put(a + i, fnma(v, s, mul(u, c)));
+        io.put(a + half + i, fma(u, s, mul(v, c)));
+      });
+    }
+  }
+}
+
+template <bool kGelu, typename T>
+inline void gate_as(const T* gate, const T* up, size_t n, T* h) {
+  each_vec(n, [=](size_t i, auto io) {
+    io.put(h + i, mul(activate<kGelu>(io.get(gate + i)), io.get(up + i)));
+  });
+}
+template <typename T>
+void gate_row(bool gelu, const T* gate, const T* up, size_t n, T* h) {
+  gelu ? gate_as<true>(gate, up, n, h) : gate_as<false>(gate, up, n, h);
+}
+
+template <bool kGelu, typename T>
+inline void gate_backward_as(const T* gate, const T* up, const float* dh, size_t n, T* d_gate,
+                             T* d_up) {
+  each_vec(n, [=](size_t i, auto io) {
+    const Activated act = activate_with_slope<kGelu>(io.get(gate + i));
+    const Vec u = io.get(up + i), d = io.get(dh + i);
+    io.put(d_gate + i, mul(mul(d, u), act.slope));
+    io.put(d_up + i, mul(d, act.value));
+  });
+}
+template <typename T>
+void gate_backward_row(bool gelu, const T* gate, const T* up, const float* dh, size_t n, T* d_gate,
+                       T* d_up) {
+  gelu ? gate_backward_as<true>(gate, up, dh, n, d_gate, d_up)
+       : gate_backward_as<false>(gate, up, dh, n, d_gate, d_up);
+}
+
+void add_scaled(const float* x, size_t n, float scale, float* y) {
+  const Vec s = splat(scale);
+  each_vec(n, [=](size_t i, auto io) { io.put(y + i, fma(io.get(x + i), s, io.get(y + i))); });
+}
+
+// The + 0 turns −0 into +0: see "Zeros" below.
+void scale_row(const float* x, size_t n, float factor, float* y) {
+  const Vec f = splat(factor);
+  each_vec(n, [=](size_t i, auto io) { io.put(y + i, fma(io.get(x + i), f, zero())); });
+}
+
+void round_row(const float* x, size_t n, uint16_t* y) {
+  each_vec(n, [=](size_t i, auto io) { io.put(y + i, io.get(x + i)); });
+}
+void widen_row(const uint16_t* x, size_t n, float* y) {
+  each_vec(n, [=](size_t i, auto io) { io.put(y + i, io.get(x + i)); });
+}
+
+void softcap_row(float* x, size_t n, float cap) {
+  const Vec c = splat(cap), inverse = splat(1.0f / cap);
+  each_vec(n,
+           [=](size_t i, auto io) { io.put(x + i, mul(c, tanh_of(mul(io.get(x + i), inverse)))); });
+}
+
+float dot(const float* x, const float* y, size_t n) {
+  return fold_sum(
+      n, [=](size_t i, auto io, Vec acc) { return fma(io.get(x + i), io.get(y + i), acc); });
+}
+
+void exp_sum(const float* x, size_t n, float* y, float* max_out, float* sum_out) {
+  const float low = -__builtin_inff();
+  const float top = max_lanes(fold(
+      n, splat(low), [=](size_t i, auto io, Vec acc) { return max(acc, io.get_or(x + i, low)); },
+      [](Vec a, Vec b) { return max(a, b); }));
+  const Vec shift = splat(top == low ? 0.0f : top);  // −∞ − −∞ would be NaN
+  *max_out = top;
+  *sum_out = fold_sum(n, [=](size_t i, auto io, Vec acc) {
+    const Vec e = exp_of(sub(io.get(x + i), shift));
+    if (y != nullptr) io.put(y + i, e);
+    return add(acc, io.keep(e));
+  });
+}
+
+// ---- Products -----------------------------------------------------------------------------------
+
+// C[M, 16·N] (+)= A[M, k] · B[k, 16·N], with C in registers. Each element is one chain of fused
+// multiply-adds in the order of k, so its bits depend neither on the tile's shape nor on where the
+// chain is cut between calls.
+template <size_t kRows, size_t kVecs, typename B>
+void tile_product(size_t k, const float* a, size_t row_stride, size_t k_stride, const B* b,
+                  size_t ldb, float* c, size_t ldc, bool accumulate) {
+  Vec acc[kRows][kVecs];
+#pragma GCC unroll 8
+  for (size_t r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (size_t v = 0; v < kVecs; ++v) acc[r][v] = accumulate ? load(c + r * ldc + 16 * v) : zero();
+  for (size_t i = 0; i < k; ++i, a += k_stride, b += ldb) {
+    Vec row[kVecs];
+#pragma GCC unroll 8
+    for (size_t v = 0; v < kVecs; ++v) row[v] = load(b + 16 * v);
+#pragma GCC unroll 8
+    for (size_t r = 0; r < kRows; ++r) {
+      const Vec x = splat(a[r * row_stride]);
+#pragma GCC unroll 8
+      for (size_t v = 0; v < kVecs; ++v) acc[r][v] = fma(x, row[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (size_t r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (size_t v = 0; v < kVecs; ++v) store(c + r * ldc + 16 * v, acc[r][v]);
+}
+
+template <size_t kRows, typename B>
+inline void tile_row_product(size_t vecs, size_t k, const float* a, size_t row_stride,
+                             size_t k_stride, const B* b, size_t ldb, float* c, size_t ldc,
+                             bool accumulate) {
+  for (; vecs >= kTileVecs; vecs -= kTileVecs, b += 16 * kTileVecs, c += 16 * kTileVecs)
+    tile_product<kRows, kTileVecs>(k, a, row_stride, k_stride, b, ldb, c, ldc, accumulate);
+  if constexpr (kTileVecs == 4) {
+    if (vecs == 3) tile_product<kRows, 3>(k, a, row_stride, k_stride, b, ldb, c, ldc, accumulate);
+    if (vecs == 2) tile_product<kRows, 2>(k, a, row_stride, k_stride, b, ldb, c, ldc, accumulate);
+    if (vecs == 1) tile_product<kRows, 1>(k, a, row_stride, k_stride, b, ldb, c, ldc, accumulate);
+  }
+}
+
+// The same for up to kTileRows rows and any number of vectors.
+template <typename B>
+void product(size_t rows, size_t vecs, size_t k, const float* a, size_t row_stride, size_t k_stride,
+             const B* b, size_t ldb, float* c, size_t ldc, bool accumulate) {
+  static_assert(kTileRows == 6);
+  switch (rows) {
+    case 1:
+      return tile_row_product<1>(vecs, k, a, row_stride, k_stride, b, ldb, c, ldc, accumulate);
+    case 2:
+      return tile_row_product<2>(vecs, k, a, row_stride, k_stride, b, ldb, c, ldc, accumulate);
+    case 3:
+      return tile_row_product<3>(vecs, k, a, row_stride, k_stride, b, ldb, c, ldc, accumulate);
+    case 4:
+      return tile_row_product<4>(vecs, k, a, row_stride, k_stride, b, ldb, c, ldc, accumulate);
+    case 5:
+      return tile_row_product<5>(vecs, k, a, row_stride, k_stride, b, ldb, c, ldc, accumulate);
+    case 6:
+      return tile_row_product<6>(vecs, k, a, row_stride, k_stride, b, ldb, c, ldc, accumulate);
+  }
+}
+
+// Calls f(first, count) for tiles of at most kTileRows of `rows`, as even as they can be: 7 rows
+// are 4 + 3, not 6 + 1.
+template <typename F>
+inline void each_tile(size_t rows, F f) {
+  size_t left = (rows + kTileRows - 1) / kTileRows;
+  for (size_t first = 0; first < rows; --left) {
+    const size_t count = (rows - first + left - 1) / left;
+    f(first, count);
+    first += count;
+  }
+}
+
+// ---- Pages --------------------------------------------------------------------------------------
+
+inline void put_words(float* p, Vec v) { store(p, v); }
+inline void put_words(Half* p, Vec v) {
+  // The finite range of f16. NaN stays NaN.
+  store_f16(&p->bits, max(splat(-65504.0f), min(splat(65504.0f), v)));
+}
+
+template <typename T>
+inline void put_keys_as(const float* k, size_t ldk, size_t first, size_t count, size_t head_dim,
+                        T* page) {
+  for (size_t t = 0; t < count;) {
+    if (count - t >= 16 && (first + t) % 16 == 0) {
+      for (size_t d = 0; d < head_dim; d += 16) {
+        Vec columns[16];
+        transpose(k + t * ldk + d, ldk, columns);
+        for (size_t i = 0; i < 16; ++i)
+          put_words(page + (d + i) * kKeyPage + first + t, columns[i]);
+      }
+      t += 16;
+    } else {
+      for (size_t d = 0; d < head_dim; d += 16) {
+        T words[16];
+        put_words(words, load(k + t * ldk + d));
+        for (size_t i = 0; i < 16; ++i) page[(d + i) * kKeyPage + first + t] = words[i];
+      }
+      ++t;
+    }
+  }
+}
+void put_keys(const float* k, size_t ldk, size_t first, size_t count, size_t head_dim, bool f16,
+              void* page) {
+  f16 ? put_keys_as(k, ldk, first, count, head_dim, static_cast<Half*>(page))
+      : put_keys_as(k, ldk, first, count, head_dim, static_cast<float*>(page));
+}
+
+template <typename T>
+inline void put_values_as(const float* v, size_t ldv, size_t first, size_t count, size_t head_dim,
+                          T* page) {
+  for (size_t t = 0; t < count; ++t)
+    for (size_t d = 0; d < head_dim; d += 16)
+      put_words(page + (first + t) * head_dim + d, load(v + t * ldv + d));
+}
+void put_values(const float* v, size_t ldv, size_t first, size_t count, size_t head_dim, bool f16,
+                void* page) {
+  f16 ? put_values_as(v, ldv, first, count, head_dim, static_cast<Half*>(page))
+      : put_values_as(v, ldv, first, count, head_dim, static_cast<float*>(page));
+}
+
+// ---- Attention ----------------------------------------------------------------------------------
+//
+// Zeros. Rows of one tile may see different keys; the product runs over all that any of them sees,
+// with probability 0 where a row does not see. That adds exactly nothing, but may turn a −0 into
+// +0; the last step (scale_row) makes every zero +0, so that a token's bits do not depend on which
+// rows it shared a tile with.
+
+struct Range {
+  uint32_t first, end;
+};
+inline Range seen_by(const uint32_t* first, const uint32_t* end, size_t rows) {
+  Range seen = {UINT32_MAX, 0};
+  for (size_t r = 0; r < rows; ++r) {
+    if (first[r] >= end[r]) continue;
+    if (first[r] < seen.first) seen.first = first[r];
+    if (end[r] > seen.end) seen.end = end[r];
+  }
+  return seen.first < seen.end ? seen : Range{0, 0};
+}
+inline Range within(Range range, size_t from, size_t to) {
+  const auto a = static_cast<uint32_t>(from), b = static_cast<uint32_t>(to);
+  const Range part = {range.first > a ? range.first : a, range.end < b ? range.end : b};
+  return part.first < part.end ? part : Range{a, a};
+}
+
+// scores → probabilities relative to the row's maximum, zero where the row does not see; `tile` is
+// the range that the products of the row's tile use.
+inline void softmax_row(float* scores, Range tile, uint32_t first, uint32_t end, float scale,
+                        float softcap, float* max_out, float* sum_out) {
+  const size_t begin = tile.first / 16 * 16;
+  const Vec s = splat(scale), cap = splat(softcap), inverse = splat(softcap > 0 ? 1 / softcap : 0);
+  const Vec low = splat(-__builtin_inff());
+  Vec top = low;
+  for (size_t i = begin; i < tile.end; i += 16) {
+    Vec x = mul(load(scores + i), s);
+    if (softcap > 0) x = mul(cap, tanh_of(mul(x, inverse)));
+    if (i < first || i + 16 > end) {
+      const auto at = static_cast<int>(i);
+      x = select(lanes_between(static_cast<int>(first) - at, static_cast<int>(end) - at), x, low);
+    }
+    store(scores + i, x);
+    top = max(top, x);
+  }
+  const float maximum = max_lanes(top);
+  const Vec shift = splat(first < end ? maximum : 0.0f);
+  Vec sum = zero();
+  for (size_t i = begin; i < tile.end; i += 16) {
+    const Vec p = exp_of(sub(load(scores + i), shift));
+    store(scores + i, p);
+    sum = add(sum, p);
+  }
+  *max_out = maximum;
+  *sum_out = sum_lanes(sum);
+}
+
+// A page's part [first, end) of 16-column (or row) groups as f32.
+inline void widen_words(const Half* from, size_t count, float* to) {
+  for (size_t i = 0; i < count; i += 16) store(to + i, load(from + i));
+}
+
+// Below this many rows a page is widened as it is read; above, once for all rows.
+constexpr size_t kWidenRows = 12;
+
+template <typename T>
+inline void scores_of_page(const AttendBlock& b, size_t page, const T* keys) {
+  each_tile(b.rows, [&](size_t r, size_t count) {
+    const size_t start = page * kKeyPage;
+    const Range seen = within(seen_by(b.first + r, b.end + r, count), start, start + kKeyPage);
+    if (seen.first == seen.end) return;
+    const size_t v = (seen.first - start) / 16, end = (seen.end - start + 15) / 16;
+    product(count, end - v, b.head_dim, b.q + r * b.ldq, b.ldq, 1, keys + 16 * v, kKeyPage,
+            b.scores + r * kKeyBlock + start + 16 * v, kKeyBlock, false);
+  });
+}
+
+template <typename T>
+inline void values_of_page(const AttendBlock& b, size_t page, const T* values, size_t ldv) {
+  each_tile(b.rows, [&](size_t r, size_t count) {
+    const size_t start = page * kKeyPage;
+    const Range tile = seen_by(b.first + r, b.end + r, count);
+    const Range seen = within(tile, start, start + kKeyPage);
+    if (seen.first == seen.end) return;
+    product(count, b.head_dim / 16, seen.end - seen.first, b.scores + r * kKeyBlock + seen.first,
+            kKeyBlock, 1, values + (seen.first - start) * ldv, ldv, b.out + r * b.head_dim,
+            b.head_dim, seen.first != tile.first);
+  });
+}
+
+void attend_block(const AttendBlock& b) {
+  const size_t page_words = kKeyPage * b.head_dim;
+  for (size_t page = 0; page < b.pages; ++page) {
+    if (!b.f16) {
+      scores_of_page(b, page, static_cast<const float*>(b.keys[page]));
+    } else if (b.rows < kWidenRows) {
+      scores_of_page(b, page, static_cast<const Half*>(b.keys[page]));
+    } else {
+      widen_words(static_cast<const Half*>(b.keys[page]), page_words, b.page);
+      scores_of_page(b, page, static_cast<const float*>(b.page));
+    }
+  }
+  each_tile(b.rows, [&](size_t r0, size_t count) {
+    const Range tile = seen_by(b.first + r0, b.end + r0, count);
+    for (size_t r = r0; r < r0 + count; ++r)
+      softmax_row(b.scores + r * kKeyBlock, tile, b.first[r], b.end[r], b.scale, b.softcap,
+                  b.max + r, b.sum + r);
+  });
+  for (size_t page = 0; page < b.pages; ++page) {
+    if (!b.f16) {
+      values_of_page(b, page, static_cast<const float*>(b.values[page]), b.ldv);
+    } else if (b.rows < kWidenRows) {
+      values_of_page(b, page, static_cast<const Half*>(b.values[page]), b.ldv);
+    } else {
+      widen_words(static_cast<const Half*>(b.values[page]), page_words, b.page);
+      values_of_page(b, page, static_cast<const float*>(b.page), b.head_dim);
+    }
+  }
+}
+
+// The factors by which the old and the new sum shrink; all lanes are equal.
+void merge_block(const AttendBlock& b, float* max_of, float* sum_of, float* out) {
+  for (size_t r = 0; r < b.rows; ++r) {
+    if (b.first[r] >= b.end[r]) continue;
+    const Vec old_max = splat(max_of[r]), new_max = splat(b.max[r]);
+    const Vec top = max(old_max, new_max);
+    const Vec keep = exp_of(sub(old_max, top)), join = exp_of(sub(new_max, top));
+    float lanes_out[16];
+    store(lanes_out, top);
+    max_of[r] = lanes_out[0];
+    store(lanes_out, fma(splat(b.sum[r]), join, mul(splat(sum_of[r]), keep)));
+    sum_of[r] = lanes_out[0];
+    float* y = out + r * b.head_dim;
+    const float* x = b.out + r * b.head_dim;
+    for (size_t d = 0; d < b.head_dim; d += 16)
+      store(y + d, fma(load(x + d), join, mul(load(y + d), keep)));
+  }
+}
+
+// p = exp(s − lse), the probability; ds = p · (dp − delta) · scale, the gradient of q·k, both zero
+// where the row does not see. With a softcap s = cap · tanh(u), ds gets the slope 1 − tanh²(u).
+inline void probability_row(const AttendBackwardTile& t, size_t r, size_t vecs) {
+  float* p = t.p + r * kKeyPage;
+  float* ds = t.ds + r * kKeyPage;
+  const auto first = static_cast<int>(t.first[r]), end = static_cast<int>(t.end[r]);
+  const Vec scale = splat(t.scale), lse = splat(t.lse[r]), delta = splat(t.delta[r]);
+  const Vec cap = splat(t.softcap), inverse = splat(t.softcap > 0 ? 1 / t.softcap : 0);
+  for (size_t v = 0; v < vecs; ++v) {
+    const size_t i = 16 * v;
+    const auto at = static_cast<int>(i);
+    Vec s = mul(load(p + i), scale), slope = scale;
+    if (t.softcap > 0) {
+      const Vec bent = tanh_of(mul(s, inverse));
+      s = mul(cap, bent);
+      slope = mul(scale, fnma(bent, bent, splat(1.0f)));
+    }
+    const Vec e = exp_of(sub(s, lse));
+    const Vec g = mul(mul(e, sub(load(ds + i), delta)), slope);
+    const Mask seen = lanes_between(first - at, end - at);
+    store(p + i, select(seen, e, zero()));
+    store(ds + i, select(seen, g, zero()));
+  }
+}
+
+void attend_backward_tile(const AttendBackwardTile& t) {
+  const size_t key_vecs = (t.keys + 15) / 16, dim_vecs = t.head_dim / 16;
+  each_tile(t.rows, [&](size_t r0, size_t count) {
+    const Range seen = seen_by(t.first + r0, t.end + r0, count);
+    const size_t v = seen.first / 16, end = (seen.end + 15) / 16;
+    if (v < end) {
+      product(count, end - v, t.head_dim, t.q + r0 * t.ldq, t.ldq, 1, t.k_page + 16 * v, kKeyPage,
+              t.p + r0 * kKeyPage + 16 * v, kKeyPage, false);
+      product(count, end - v, t.head_dim, t.d_out + r0 * t.ldo, t.ldo, 1, t.v_page + 16 * v,
+              kKeyPage, t.ds + r0 * kKeyPage + 16 * v, kKeyPage, false);
+    }
+    // All vectors: what no row of this tile sees must be zero for the sums over rows below.
+    for (size_t r = r0; r < r0 + count; ++r) probability_row(t, r, key_vecs);
+    if (seen.first < seen.end)
+      product(count, dim_vecs, seen.end - seen.first, t.ds + r0 * kKeyPage + seen.first, kKeyPage,
+              1, t.k + seen.first * t.ldkv, t.ldkv, t.dq + r0 * t.lddq, t.lddq, true);
+  });
+  // dV = Pᵀ · dO and dK = dSᵀ · Q, over the rows that see any key of the tile.
+  size_t from = 0, to = 0;
+  each_tile(t.keys, [&](size_t j, size_t count) {
+    while (from < t.rows && t.end[from] <= j) ++from;
+    if (to < from) to = from;
+    while (to < t.rows && t.first[to] < j + count) ++to;
+    if (from == to) return;
+    product(count, dim_vecs, to - from, t.p + from * kKeyPage + j, 1, kKeyPage,
+            t.d_out + from * t.ldo, t.ldo, t.dv + j * t.lddkv, t.lddkv, true);
+    product(count, dim_vecs, to - from, t.ds + from * kKeyPage + j, 1, kKeyPage, t.q + from * t.ldq,
+            t.ldq, t.dk + j * t.lddkv, t.lddkv, true);
+  });
+}
+
+constexpr FloatKernels make_table() {
+  return {
+      .rms_norm = rms_norm<float>,
+      .rms_norm_bf16 = rms_norm<uint16_t>,
+      .rms_norm_backward = rms_norm_backward,
+      .rope = rope,
+      .gate = gate_row<float>,
+      .gate_bf16 = gate_row<uint16_t>,
+      .gate_backward = gate_backward_row<float>,
+      .gate_backward_bf16 = gate_backward_row<uint16_t>,
+      .add_scaled = add_scaled,
+      .scale = scale_row,
+      .round_to_bf16 = round_row,
+      .widen_bf16 = widen_row,
+      .softcap = softcap_row,
+      .dot = dot,
+      .exp_sum = exp_sum,
+      .put_keys = put_keys,
+      .put_values = put_values,
+      .attend_block = attend_block,
+      .merge_block = merge_block,
+      .attend_backward_tile = attend_backward_tile,
+  };
+}

@@ -1,0 +1,125 @@
+// The definition: 16 lanes as an array.
+#include <cstddef>
+#include <cstdint>
+
+#include "base/half.h"
+#include "engine/float_kernels.h"
+
+namespace moru {
+namespace {
+
+struct Vec {
+  float lane[16];
+};
+struct Mask {
+  bool lane[16];
+};
+constexpr size_t kTileRows = 6, kTileVecs = 1;
+
+template <typename F>
+inline Vec lanes(F f) {
+  Vec y;
+  for (int i = 0; i < 16; ++i) y.lane[i] = f(i);
+  return y;
+}
+
+inline Vec zero() { return Vec{}; }
+inline Vec splat(float x) {
+  return lanes([=](int) { return x; });
+}
+inline Vec load(const float* p) {
+  return lanes([=](int i) { return p[i]; });
+}
+inline void store(float* p, Vec v) {
+  for (int i = 0; i < 16; ++i) p[i] = v.lane[i];
+}
+inline Vec load_bf16(const uint16_t* p) {
+  return lanes([=](int i) { return f32_from_bf16(p[i]); });
+}
+inline void store_bf16(uint16_t* p, Vec v) {
+  for (int i = 0; i < 16; ++i) p[i] = bf16_from_f32(v.lane[i]);
+}
+inline Vec load_f16(const uint16_t* p) {
+  return lanes([=](int i) { return f32_from_f16(p[i]); });
+}
+inline void store_f16(uint16_t* p, Vec v) {
+  for (int i = 0; i < 16; ++i) p[i] = f16_from_f32(v.lane[i]);
+}
+inline Vec load_part(const float* p, size_t n) {
+  return lanes([=](int i) { return static_cast<size_t>(i) < n ? p[i] : 0.0f; });
+}
+inline void store_part(float* p, size_t n, Vec v) {
+  for (size_t i = 0; i < n; ++i) p[i] = v.lane[i];
+}
+
+inline Vec add(Vec a, Vec b) {
+  return lanes([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline Vec sub(Vec a, Vec b) {
+  return lanes([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+inline Vec mul(Vec a, Vec b) {
+  return lanes([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+inline Vec div(Vec a, Vec b) {
+  return lanes([&](int i) { return a.lane[i] / b.lane[i]; });
+}
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return lanes([&](int i) { return __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]); });
+}
+inline Vec fnma(Vec a, Vec b, Vec c) {
+  return lanes([&](int i) { return __builtin_fmaf(-a.lane[i], b.lane[i], c.lane[i]); });
+}
+inline Vec max(Vec a, Vec b) {
+  return lanes([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline Vec min(Vec a, Vec b) {
+  return lanes([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline Vec magnitude(Vec a) {
+  return lanes([&](int i) { return __builtin_fabsf(a.lane[i]); });
+}
+inline Vec with_sign(Vec a, Vec sign) {
+  return lanes([&](int i) { return __builtin_copysignf(a.lane[i], sign.lane[i]); });
+}
+inline Mask less(Vec a, Vec b) {
+  Mask m;
+  for (int i = 0; i < 16; ++i) m.lane[i] = a.lane[i] < b.lane[i];
+  return m;
+}
+inline Mask lanes_between(int first, int end) {
+  Mask m;
+  for (int i = 0; i < 16; ++i) m.lane[i] = i >= first && i < end;
+  return m;
+}
+inline Vec select(Mask m, Vec yes, Vec no) {
+  return lanes([&](int i) { return m.lane[i] ? yes.lane[i] : no.lane[i]; });
+}
+inline Vec power_of_two(Vec t) {
+  return lanes([&](int i) {
+    return std::bit_cast<float>((std::bit_cast<uint32_t>(t.lane[i]) + 127) << 23);
+  });
+}
+inline float sum_lanes(Vec v) {
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v.lane[i] += v.lane[i + half];
+  return v.lane[0];
+}
+inline float max_lanes(Vec v) {
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i)
+      v.lane[i] = v.lane[i] > v.lane[i + half] ? v.lane[i] : v.lane[i + half];
+  return v.lane[0];
+}
+inline void transpose(const float* p, size_t ld, Vec out[16]) {
+  for (size_t d = 0; d < 16; ++d)
+    for (size_t t = 0; t < 16; ++t) out[d].lane[t] = p[t * ld + d];
+}
+
+#include "engine/float_kernels_body.h"
+
+}  // namespace
+
+constexpr FloatKernels kScalarFloatKernels = make_table();
+
+}  // namespace moru

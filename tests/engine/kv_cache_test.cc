@@ -1,0 +1,202 @@
+#include "engine/kv_cache.h"
+
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "base/half.h"
+#include "base/random.h"
+#include "support.h"
+
+using namespace moru;
+
+namespace {
+
+std::vector<float> normals(size_t count, uint64_t seed) {
+  Random random(seed);
+  std::vector<float> x(count);
+  for (float& v : x) v = random.normal();
+  return x;
+}
+
+float key(const KvCache& cache, const KvSequence& s, size_t layer, size_t head, size_t t,
+          size_t d) {
+  const void* page = cache.keys(s.pages()[t / kPageTokens], layer, head);
+  const size_t at = d * kPageTokens + t % kPageTokens;
+  return cache.shape().type == KvType::f16 ? f32_from_f16(static_cast<const uint16_t*>(page)[at])
+                                           : static_cast<const float*>(page)[at];
+}
+float value(const KvCache& cache, const KvSequence& s, size_t layer, size_t head, size_t t,
+            size_t d) {
+  const void* page = cache.values(s.pages()[t / kPageTokens], layer, head);
+  const size_t at = t % kPageTokens * cache.shape().head_dim + d;
+  return cache.shape().type == KvType::f16 ? f32_from_f16(static_cast<const uint16_t*>(page)[at])
+                                           : static_cast<const float*>(page)[at];
+}
+
+void append(KvCache& cache, KvSequence& s, float content, size_t count = 1) {
+  const KvShape& shape = cache.shape();
+  const size_t ld = shape.kv_heads * shape.head_dim;
+  const std::vector<float> rows(count * ld, content);
+  REQUIRE(cache.reserve(s, count));
+  for (size_t layer = 0; layer < shape.layers; ++layer)
+    cache.write(s, layer, s.tokens(), count, rows.data(), rows.data(), ld);
+  cache.advance(s, count);
+}
+
+}  // namespace
+
+TEST_CASE("what is written can be read back, rounded to the cache's type, for any cut") {
+  for (const KvType type : {KvType::f16, KvType::f32}) {
+    for (const size_t cut : {1, 7, 16, 17, 64, 100, 150}) {
+      CAPTURE(cut);
+      KvCache cache({.layers = 2, .kv_heads = 3, .head_dim = 48, .type = type}, 4);
+      KvSequence s = cache.make_sequence();
+      const size_t tokens = 150, dim = 48, ld = 3 * dim + 5;
+      const std::vector<float> k = normals(2 * tokens * ld, 1), v = normals(2 * tokens * ld, 2);
+      REQUIRE(cache.reserve(s, tokens));
+      for (size_t layer = 0; layer < 2; ++layer)
+        for (size_t t = 0; t < tokens; t += cut)
+          cache.write(s, layer, t, std::min(cut, tokens - t), k.data() + (layer * tokens + t) * ld,
+                      v.data() + (layer * tokens + t) * ld, ld);
+      cache.advance(s, tokens);
+      CHECK(s.tokens() == tokens);
+      bool equal = true;
+      for (size_t layer = 0; layer < 2; ++layer)
+        for (size_t t = 0; t < tokens; ++t)
+          for (size_t head = 0; head < 3; ++head)
+            for (size_t d = 0; d < dim; ++d) {
+              const size_t at = (layer * tokens + t) * ld + head * dim + d;
+              const auto stored = [&](float x) {
+                return type == KvType::f16 ? f32_from_f16(f16_from_f32(x)) : x;
+              };
+              equal = equal && key(cache, s, layer, head, t, d) == stored(k[at]) &&
+                      value(cache, s, layer, head, t, d) == stored(v[at]);
+            }
+      CHECK(equal);
+    }
+  }
+}
+
+TEST_CASE("f16 saturates instead of becoming infinite; NaN stays") {
+  KvCache cache({.layers = 1, .kv_heads = 1, .head_dim = 16}, 1);
+  KvSequence s = cache.make_sequence();
+  std::vector<float> rows(16, 0.0f);
+  rows[0] = 1e6f;
+  rows[1] = -std::numeric_limits<float>::infinity();
+  rows[2] = std::numeric_limits<float>::quiet_NaN();
+  rows[3] = 65504.0f;
+  rows[4] = 65519.0f;
+  REQUIRE(cache.reserve(s, 1));
+  cache.write(s, 0, 0, 1, rows.data(), rows.data(), 16);
+  CHECK(key(cache, s, 0, 0, 0, 0) == 65504.0f);
+  CHECK(value(cache, s, 0, 0, 0, 1) == -65504.0f);
+  CHECK(std::isnan(value(cache, s, 0, 0, 0, 2)));
+  CHECK(value(cache, s, 0, 0, 0, 3) == 65504.0f);
+  CHECK(value(cache, s, 0, 0, 0, 4) == 65504.0f);
+}
+
+TEST_CASE("pages are taken when reserved and come back with the last sequence") {
+  KvCache cache({.layers = 1, .kv_heads = 1, .head_dim = 16}, 4);
+  CHECK(cache.total_pages() == 4);
+  CHECK(KvCache::page_bytes(cache.shape()) == 2 * 64 * 16 * 2);
+  {
+    KvSequence a = cache.make_sequence();
+    CHECK(cache.reserve(a, 0));
+    CHECK(cache.free_pages() == 4);
+    CHECK(cache.reserve(a, 64));
+    CHECK(cache.free_pages() == 3);
+    CHECK(cache.reserve(a, 64));  // already there
+    CHECK(cache.free_pages() == 3);
+    CHECK(cache.reserve(a, 65));
+    CHECK(cache.free_pages() == 2);
+    KvSequence b = cache.make_sequence();
+    CHECK_FALSE(cache.reserve(b, 129));  // three pages, two are free: nothing is taken
+    CHECK(cache.free_pages() == 2);
+    CHECK(b.pages().empty());
+    CHECK(cache.reserve(b, 128));
+    CHECK(cache.free_pages() == 0);
+    KvSequence moved = std::move(b);
+    CHECK(cache.free_pages() == 0);
+    moved = cache.make_sequence();
+    CHECK(cache.free_pages() == 2);
+  }
+  CHECK(cache.free_pages() == 4);
+}
+
+TEST_CASE("a fork shares full pages and copies the partial one") {
+  KvCache cache({.layers = 2, .kv_heads = 2, .head_dim = 16}, 8);
+  KvSequence a = cache.make_sequence();
+  append(cache, a, 1.0f, 100);
+  KvSequence b = cache.make_sequence();
+  REQUIRE(cache.fork(a, 100, b));
+  CHECK(b.tokens() == 100);
+  CHECK(cache.free_pages() == 5);
+  CHECK(b.pages()[0] == a.pages()[0]);
+  CHECK(b.pages()[1] != a.pages()[1]);
+  append(cache, a, 2.0f);
+  append(cache, b, 3.0f);
+  CHECK(value(cache, a, 1, 1, 99, 3) == 1.0f);
+  CHECK(value(cache, b, 1, 1, 99, 3) == 1.0f);
+  CHECK(key(cache, a, 0, 1, 100, 15) == 2.0f);
+  CHECK(key(cache, b, 0, 1, 100, 15) == 3.0f);
+  a = KvSequence();
+  CHECK(cache.free_pages() == 6);
+  CHECK(key(cache, b, 0, 0, 5, 5) == 1.0f);
+
+  KvSequence c = cache.make_sequence();
+  REQUIRE(cache.fork(b, 64, c));  // exactly a page: nothing is copied
+  CHECK(cache.free_pages() == 6);
+  REQUIRE(cache.fork(b, 0, c));
+  CHECK(c.pages().empty());
+}
+
+TEST_CASE("a fork without a free page for its copy fails and changes nothing") {
+  KvCache cache({.layers = 1, .kv_heads = 1, .head_dim = 16}, 2);
+  KvSequence a = cache.make_sequence();
+  append(cache, a, 1.0f, 100);
+  KvSequence b = cache.make_sequence();
+  CHECK_FALSE(cache.fork(a, 65, b));
+  CHECK(b.pages().empty());
+  CHECK(b.tokens() == 0);
+  CHECK(cache.fork(a, 64, b));
+  CHECK(cache.free_pages() == 0);
+}
+
+TEST_CASE("a sequence cut inside a shared page writes to its own copy") {
+  KvCache cache({.layers = 1, .kv_heads = 1, .head_dim = 16}, 3);
+  KvSequence a = cache.make_sequence();
+  append(cache, a, 1.0f, 128);
+  KvSequence b = cache.make_sequence();
+  REQUIRE(cache.fork(a, 128, b));
+  CHECK(cache.free_pages() == 1);
+  cache.truncate(b, 70);
+  CHECK(b.tokens() == 70);
+  append(cache, b, 2.0f);
+  CHECK(cache.free_pages() == 0);
+  CHECK(key(cache, a, 0, 0, 70, 0) == 1.0f);
+  CHECK(key(cache, b, 0, 0, 70, 0) == 2.0f);
+  CHECK(key(cache, b, 0, 0, 69, 0) == 1.0f);
+  CHECK(b.pages()[0] == a.pages()[0]);
+  // Cut inside the first page now: it needs a copy and none is free once b's second page is full.
+  cache.truncate(a, 10);
+  CHECK(a.pages().size() == 1);
+  CHECK(cache.free_pages() == 1);
+  CHECK(cache.reserve(a, 1));
+  CHECK(cache.free_pages() == 0);
+  cache.truncate(b, 64);
+  KvSequence c = cache.make_sequence();
+  REQUIRE(cache.fork(b, 64, c));
+  append(cache, b, 5.0f);
+  cache.truncate(c, 3);
+  CHECK_FALSE(cache.reserve(c, 1));
+}
+
+TEST_CASE("a cache larger than the address space is refused with an Error") {
+  const Error e = error_from(
+      [] { KvCache cache({.layers = 1000, .kv_heads = 64, .head_dim = 256}, size_t{1} << 31); });
+  CHECK(e.kind() == ErrorKind::no_space);
+}
