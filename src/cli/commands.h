@@ -1,0 +1,14 @@
+// One function per command: adds its flags to the program and what happens when it is called.
+#pragma once
+
+namespace CLI {
+class App;
+}
+
+namespace moru {
+
+void add_bench(CLI::App& app);
+void add_info(CLI::App& app);
+void add_run(CLI::App& app);
+
+}  // namespace moru

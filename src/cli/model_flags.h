@@ -1,0 +1,42 @@
+// Flags that every command with a model has.
+#pragma once
+#include <CLI/CLI.hpp>
+#include <string>
+
+#include "base/cpu.h"
+#include "engine/model.h"
+
+namespace moru {
+
+struct ModelFlags {
+  std::string path, precision = "auto";
+  size_t threads = 0, context = 0;
+
+  void add_to(CLI::App& cmd) {
+    cmd.add_option("model", path, "GGUF file or Hugging Face folder")->required();
+    add_computing_to(cmd);
+  }
+  void add_computing_to(CLI::App& cmd) {
+    cmd.add_option("--precision", precision,
+                   "exact (quantized weights as stored), bf16 or f32; auto: by the file")
+        ->check(CLI::IsMember({"auto", "exact", "bf16", "f32"}))
+        ->capture_default_str();
+    cmd.add_option("--threads", threads, "0: all that this process may use")
+        ->check(CLI::Range(0, 1024))
+        ->capture_default_str();
+    cmd.add_option("--context", context, "longest sequence in tokens; 0: the model's")
+        ->check(CLI::Range(0, 1 << 20))
+        ->capture_default_str();
+  }
+
+  size_t pool_size() const { return threads != 0 ? threads : usable_threads(); }
+  LoadOptions load_options() const {
+    LoadOptions options{.context = context};
+    if (precision == "exact") options.profile = Profile::exact;
+    if (precision == "bf16") options.profile = Profile::bf16;
+    if (precision == "f32") options.profile = Profile::f32;
+    return options;
+  }
+};
+
+}  // namespace moru

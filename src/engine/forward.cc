@@ -1,0 +1,223 @@
+#include "engine/forward.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/error.h"
+#include "base/memory.h"
+#include "engine/attention.h"
+#include "engine/linear.h"
+#include "engine/row_ops.h"
+
+namespace moru {
+namespace {
+
+constexpr size_t kLogitRows = 32;  // rows of logits that exist at a time
+
+// A matrix of activations, one row a token.
+struct Rows {
+  PageBuffer buffer;
+  size_t cols = 0;
+
+  Rows() = default;
+  Rows(size_t rows, size_t columns) : buffer(rows * columns * sizeof(float)), cols(columns) {}
+  float* data() { return static_cast<float*>(buffer.data()); }
+  float* row(size_t r) { return data() + r * cols; }
+};
+
+}  // namespace
+
+struct Engine::State {
+  Pool& pool;
+  const Model& model;
+  size_t step_tokens;
+  KvCache cache;
+  InputWatcher watcher;
+
+  // One step's activations; rows beyond the step's tokens are stale.
+  Rows x, norm, q, k, v, mixed, branch, gate, up, hidden, logits;
+  Operand operand;
+  std::vector<int32_t> positions;
+  std::vector<AttentionSpan> attention_spans;
+  size_t tokens = 0;
+
+  State(Pool& the_pool, const Model& the_model, const EngineOptions& options)
+      : pool(the_pool),
+        model(the_model),
+        step_tokens(options.step_tokens),
+        cache({.layers = the_model.config.layers,
+               .kv_heads = the_model.config.kv_heads,
+               .head_dim = the_model.config.head_dim,
+               .type = options.kv_type},
+              (options.cache_tokens + kPageTokens - 1) / kPageTokens),
+        x(step_tokens, the_model.config.width),
+        norm(step_tokens, the_model.config.width),
+        q(step_tokens, the_model.config.q_width()),
+        k(step_tokens, the_model.config.kv_width()),
+        v(step_tokens, the_model.config.kv_width()),
+        mixed(step_tokens, the_model.config.q_width()),
+        branch(step_tokens, the_model.config.width),
+        gate(step_tokens, the_model.config.ffn_width),
+        up(step_tokens, the_model.config.ffn_width),
+        hidden(step_tokens, the_model.config.ffn_width),
+        logits(kLogitRows, the_model.config.vocab) {
+    const Config& c = model.config;
+    operand.reserve(step_tokens, std::max({c.width, c.q_width(), c.ffn_width}));
+    positions.reserve(step_tokens);
+    attention_spans.reserve(step_tokens);
+  }
+
+  void watch(size_t layer, std::string_view part, const Rows& rows) const {
+    if (watcher)
+      watcher(fmt::format("blk.{}.{}.weight", layer, part),
+              static_cast<const float*>(rows.buffer.data()), tokens, rows.cols);
+  }
+
+  void rms_norm(Rows& from, const Vector& gain, Rows& to) {
+    rms_norm_rows(pool, from.data(), from.cols, tokens, from.cols, gain.data(),
+                  model.config.norm_eps, to.data(), to.cols);
+  }
+
+  // Norm and rotation of each head's queries or keys.
+  void place(Rows& rows, size_t heads, const Vector& gain, const RopeTables& rope) {
+    const Config& c = model.config;
+    if (c.qk_norm == QkNorm::rms_before_rope)
+      rms_norm_rows(pool, rows.data(), c.head_dim, tokens * heads, c.head_dim, gain.data(),
+                    c.norm_eps, rows.data(), c.head_dim);
+    rope_rows(pool, rope.view(), positions, rows.data(), rows.cols, heads, c.head_dim);
+  }
+
+  void bias(Rows& rows, const Vector& values) {
+    if (!values.empty())
+      add_bias_rows(pool, rows.data(), rows.cols, tokens, rows.cols, values.data());
+  }
+
+  // x += residual_scale · branch, normed first where the family does.
+  void add_branch(const Vector& post_norm) {
+    if (!post_norm.empty()) rms_norm(branch, post_norm, branch);
+    add_rows(pool, branch.data(), branch.cols, tokens, x.cols, model.config.residual_scale,
+             x.data(), x.cols);
+  }
+
+  void forward_layer(size_t index) {
+    const Layer& w = model.layers[index];
+    const Config& c = model.config;
+
+    rms_norm(x, w.attn_norm, norm);
+    watch(index, "attn_q", norm);
+    operand.set(norm.data(), norm.cols, tokens, norm.cols);
+    operand.multiply(pool, {{&w.q, q.data(), q.cols}, {&w.k, k.data(), k.cols},
+                            {&w.v, v.data(), v.cols}});
+    bias(q, w.q_bias);
+    bias(k, w.k_bias);
+    bias(v, w.v_bias);
+    place(q, c.heads, w.q_norm, model.rope_of(index));
+    place(k, c.kv_heads, w.k_norm, model.rope_of(index));
+    for (const AttentionSpan& span : attention_spans)
+      cache.write(*span.sequence, index, span.first_position, span.tokens, k.row(span.first_row),
+                  v.row(span.first_row), k.cols);
+    attend_cached(pool,
+                  {.heads = c.heads,
+                   .kv_heads = c.kv_heads,
+                   .head_dim = c.head_dim,
+                   .scale = c.attn_scale,
+                   .softcap = c.attn_softcap,
+                   .window = c.is_windowed(index) ? c.window : 0},
+                  cache, index, attention_spans, q.data(), q.cols, mixed.data(), mixed.cols);
+    watch(index, "attn_output", mixed);
+    operand.set(mixed.data(), mixed.cols, tokens, mixed.cols);
+    operand.multiply(pool, {{&w.attn_out, branch.data(), branch.cols}});
+    bias(branch, w.attn_out_bias);
+    add_branch(w.attn_post_norm);
+
+    rms_norm(x, w.ffn_norm, norm);
+    watch(index, "ffn_gate", norm);
+    operand.set(norm.data(), norm.cols, tokens, norm.cols);
+    operand.multiply(pool, {{&w.gate, gate.data(), gate.cols}, {&w.up, up.data(), up.cols}});
+    gate_rows(pool, c.activation, gate.data(), gate.cols, up.data(), up.cols, tokens, gate.cols,
+              hidden.data(), hidden.cols);
+    watch(index, "ffn_down", hidden);
+    operand.set(hidden.data(), hidden.cols, tokens, hidden.cols);
+    operand.multiply(pool, {{&w.down, branch.data(), branch.cols}});
+    add_branch(w.ffn_post_norm);
+  }
+
+  // Rows that want logits move to the front of x, are normed and meet the head a few at a time.
+  void visit_logits(std::span<const StepSpan> spans, const LogitsVisitor& visit) {
+    const Config& c = model.config;
+    size_t wanted = 0, row = 0;
+    for (const StepSpan& span : spans) {
+      for (size_t i = 0; i < span.tokens.size(); ++i, ++row)
+        if (i >= span.logits_from) std::copy_n(x.row(row), x.cols, x.row(wanted++));
+    }
+    if (wanted == 0) return;
+    tokens = wanted;
+    rms_norm(x, model.final_norm, norm);
+    if (watcher) watcher("output.weight", norm.data(), wanted, norm.cols);
+    for (size_t first = 0; first < wanted; first += kLogitRows) {
+      const size_t count = std::min(kLogitRows, wanted - first);
+      operand.set(norm.row(first), norm.cols, count, norm.cols);
+      operand.multiply(pool, {{&model.output(), logits.data(), logits.cols}});
+      if (c.logit_scale != 1) {
+        for (size_t i = 0; i < count * c.vocab; ++i) logits.data()[i] *= c.logit_scale;
+      }
+      if (c.final_softcap != 0)
+        softcap_rows(pool, logits.data(), count * c.vocab, c.final_softcap);
+      visit(first, count, logits.data());
+    }
+  }
+
+  void step(std::span<const StepSpan> spans, const LogitsVisitor& visit) {
+    const Config& c = model.config;
+    tokens = 0;
+    positions.clear();
+    attention_spans.clear();
+    size_t pages = 0;
+    for (const StepSpan& span : spans) {
+      const size_t first = span.sequence->tokens();
+      MORU_CHECK(first + span.tokens.size() <= c.context);
+      attention_spans.push_back({tokens, span.tokens.size(), first, span.sequence});
+      for (size_t i = 0; i < span.tokens.size(); ++i)
+        positions.push_back(static_cast<int32_t>(first + i));
+      tokens += span.tokens.size();
+      pages += (first + span.tokens.size() + kPageTokens - 1) / kPageTokens -
+               span.sequence->pages().size();
+    }
+    MORU_CHECK(tokens <= step_tokens);
+    if (pages > cache.free_pages())
+      throw Error(ErrorKind::no_space, {.where = "KV cache",
+                                        .what = "has no room for the step",
+                                        .cure = "allow more cache or fewer sequences at once"});
+    size_t row = 0;
+    for (const StepSpan& span : spans) {
+      MORU_CHECK(cache.reserve(*span.sequence, span.tokens.size()));
+      for (const TokenId id : span.tokens) {
+        MORU_CHECK(id >= 0 && static_cast<size_t>(id) < c.vocab);
+        model.embedding.read_rows(static_cast<size_t>(id), 1, x.row(row));
+        if (c.embedding_scale != 1)
+          for (size_t i = 0; i < x.cols; ++i) x.row(row)[i] *= c.embedding_scale;
+        ++row;
+      }
+    }
+    for (size_t i = 0; i < c.layers; ++i) forward_layer(i);
+    for (const StepSpan& span : spans) cache.advance(*span.sequence, span.tokens.size());
+    visit_logits(spans, visit);
+  }
+};
+
+Engine::Engine(Pool& pool, const Model& model, const EngineOptions& options)
+    : state_(std::make_unique<State>(pool, model, options)) {}
+Engine::~Engine() = default;
+
+void Engine::step(std::span<const StepSpan> spans, const LogitsVisitor& visit) {
+  state_->step(spans, visit);
+}
+void Engine::watch_inputs(InputWatcher watcher) { state_->watcher = std::move(watcher); }
+KvCache& Engine::cache() { return state_->cache; }
+Pool& Engine::pool() { return state_->pool; }
+const Model& Engine::model() const { return state_->model; }
+size_t Engine::step_tokens() const { return state_->step_tokens; }
+
+}  // namespace moru

@@ -1,0 +1,92 @@
+// Generates answers to many requests at once (continuous batching): each step carries one token of
+// every answer under way and as much of the waiting prompts as fits.
+//
+// Prompts that begin like one seen before take its keys and values instead of computing them.
+// Under the exact profile none of this changes an answer.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine/forward.h"
+#include "engine/sampling.h"
+#include "formats/tokenizer.h"
+
+namespace moru {
+
+struct GenerationRequest {
+  std::vector<TokenId> prompt;          // not empty
+  size_t max_tokens = 256;
+  SamplingOptions sampling;
+  std::vector<TokenId> stop_ids;        // end the answer and are not part of it
+  std::vector<std::string> stop_texts;  // likewise, wherever token borders fall
+  std::optional<size_t> top_logprobs;   // report each token's log-probability and this many others
+};
+
+struct TokenLogprob {
+  TokenId id;
+  float logprob;
+  std::vector<std::pair<TokenId, float>> top;
+};
+
+enum class Finish { stop, length };
+
+// News of one request: text that has become whole, and in the last one why it ended.
+struct GenerationEvent {
+  uint64_t request;
+  std::string text;
+  std::vector<TokenLogprob> logprobs;
+  std::optional<Finish> finish;
+  size_t prompt_tokens = 0, cached_tokens = 0, completion_tokens = 0;
+};
+
+class Generator {
+ public:
+  // Both must outlive it. At most `sequences` answers are under way at once; others wait.
+  Generator(Engine& engine, const Tokenizer& tokenizer, size_t sequences = 32);
+  ~Generator();
+  Generator(const Generator&) = delete;
+  Generator& operator=(const Generator&) = delete;
+
+  // Returns the request's number. Errors: usage (an empty prompt, one that does not fit the
+  // context or the cache, sampling options out of range).
+  uint64_t submit(GenerationRequest request);
+  // Drops a request; no further event comes. Unknown numbers are ignored.
+  void cancel(uint64_t request);
+  bool busy() const;
+  // One step of the engine. Events are given in the order of submission.
+  void step(const std::function<void(const GenerationEvent&)>& emit);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// All requests, to the end: answers in the order of the requests.
+struct GenerationResult {
+  std::string text;
+  std::vector<TokenLogprob> logprobs;
+  Finish finish = Finish::stop;
+  size_t prompt_tokens = 0, cached_tokens = 0, completion_tokens = 0;
+};
+std::vector<GenerationResult> generate_all(
+    Generator& generator, std::vector<GenerationRequest> requests,
+    const std::function<void(size_t finished, const GenerationResult&)>& progress = {});
+
+// Log-probability of each continuation after its prefix; equal prefixes in a row are computed once.
+struct Continuation {
+  std::vector<TokenId> prefix;  // not empty
+  std::vector<TokenId> tokens;  // not empty
+};
+struct ContinuationScore {
+  double logprob = 0;    // natural, summed over the continuation's tokens
+  bool greedy = true;    // each token was the most likely one
+};
+std::vector<ContinuationScore> score_continuations(Engine& engine,
+                                                   std::span<const Continuation> requests);
+
+}  // namespace moru

@@ -1,0 +1,54 @@
+#include "engine/linear.h"
+
+#include "base/error.h"
+#include "engine/dense.h"
+#include "engine/row_ops.h"
+
+namespace moru {
+
+void Operand::reserve(size_t m, size_t k) {
+  quantized_.resize(m, k);
+  bf16_.reserve(m * k);
+  quant_products_.reserve(4);
+}
+
+void Operand::set(const float* x, size_t ldx, size_t m, size_t k) {
+  x_ = x;
+  ldx_ = ldx;
+  m_ = m;
+  k_ = k;
+  quantized_ready_ = bf16_ready_ = false;
+}
+
+void Operand::multiply(Pool& pool, std::initializer_list<LinearProduct> products) {
+  quant_products_.clear();
+  for (const LinearProduct& p : products) {
+    if (const QuantMatrix* w = p.w->quantized()) {
+      quant_products_.push_back({.w = w, .y = p.y, .ldy = p.ldy, .store = p.store});
+      continue;
+    }
+    const DenseMatrix* w = p.w->dense();
+    MORU_CHECK(w != nullptr);
+    const DenseTarget target{.data = p.y, .ld = p.ldy, .accumulate = p.store == Store::add};
+    if (w->type == DType::f32) {
+      matmul_nt(pool, DenseView::f32(x_, m_, k_, ldx_), DenseView::f32(w->f32(), w->rows, w->cols),
+                target);
+      continue;
+    }
+    if (!bf16_ready_) {
+      bf16_.resize(m_ * k_);
+      for (size_t r = 0; r < m_; ++r) round_to_bf16(pool, x_ + r * ldx_, k_, &bf16_[r * k_]);
+      bf16_ready_ = true;
+    }
+    matmul_nt(pool, DenseView::bf16(bf16_.data(), m_, k_),
+              DenseView::bf16(w->bf16(), w->rows, w->cols), target);
+  }
+  if (quant_products_.empty()) return;
+  if (!quantized_ready_) {
+    quantize_rows(pool, x_, ldx_, m_, k_, quantized_);
+    quantized_ready_ = true;
+  }
+  matmul(pool, quantized_, quant_products_);
+}
+
+}  // namespace moru

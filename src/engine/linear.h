@@ -1,0 +1,42 @@
+// Linear layers in whatever form their weights have: one operand prepared once, many products.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <vector>
+
+#include "base/threads.h"
+#include "engine/model.h"
+#include "engine/quant_matrix.h"
+
+namespace moru {
+
+// y [m, ldy] (+)= x · wᵀ
+struct LinearProduct {
+  const Matrix* w;
+  float* y;
+  size_t ldy;
+  Store store = Store::set;
+};
+
+// Rows of activations [m, k] and the forms of them that products have asked for. Reuses its memory
+// from call to call.
+class Operand {
+ public:
+  // Room for `m` rows of `k`, so that later calls allocate nothing.
+  void reserve(size_t m, size_t k);
+  // x: [m, k], rows ldx apart; must stay until the products are done.
+  void set(const float* x, size_t ldx, size_t m, size_t k);
+  // All products of one operand in as few parallel phases as their forms allow.
+  void multiply(Pool& pool, std::initializer_list<LinearProduct> products);
+
+ private:
+  const float* x_ = nullptr;
+  size_t ldx_ = 0, m_ = 0, k_ = 0;
+  bool quantized_ready_ = false, bf16_ready_ = false;
+  QuantizedRows quantized_;
+  std::vector<uint16_t> bf16_;
+  std::vector<QuantProduct> quant_products_;
+};
+
+}  // namespace moru
