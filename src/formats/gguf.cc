@@ -41,6 +41,10 @@ constexpr uint32_t id_of_alternative(size_t index) {
 constexpr std::string_view kTypeNames[kTypeIds] = {
     "u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "text", "array", "u64", "i64", "f64"};
 
+size_t padded(size_t bytes, size_t alignment) {
+  return (bytes + alignment - 1) / alignment * alignment;
+}
+
 std::string type_name(const GgufValue& value) {
   if (const auto* array = std::get_if<GgufArray>(&value))
     return fmt::format("array of {}", kTypeNames[id_of_alternative(array->values.index())]);
@@ -230,7 +234,7 @@ PlacedTensor read_tensor(Cursor& in) {
 // Points every tensor to its bytes and refuses what is misaligned, outside or shared.
 std::vector<Tensor> place_tensors(const Cursor& in, std::vector<PlacedTensor> placed,
                                   size_t alignment) {
-  const size_t start = (in.position() + alignment - 1) / alignment * alignment;
+  const size_t start = padded(in.position(), alignment);
   std::vector<const PlacedTensor*> by_offset;
   for (PlacedTensor& p : placed) {
     const std::string field = fmt::format("tensor {}", p.tensor.name);
@@ -309,51 +313,62 @@ std::vector<Result> array_of(const GgufMetadata& metadata, std::string_view key,
 
 // --- writing --------------------------------------------------------------------------------
 
-class GgufWriter {
- public:
-  explicit GgufWriter(const std::filesystem::path& path) : file_(path) {}
+template <typename T>
+void put(std::string& out, T value) {
+  out.append(reinterpret_cast<const char*>(&value), sizeof value);
+}
+void put(std::string& out, bool value) { put(out, static_cast<uint8_t>(value)); }
+void put(std::string& out, const std::string& text) {
+  put(out, static_cast<uint64_t>(text.size()));
+  out += text;
+}
 
-  template <typename T>
-  void plain(T value) {
-    file_.write(std::as_bytes(std::span<const T>(&value, 1)));
+void put_value(std::string& out, const GgufValue& value) {
+  if (const auto* scalar = std::get_if<GgufScalar>(&value)) {
+    put(out, id_of_alternative(scalar->index()));
+    std::visit([&](const auto& v) { put(out, v); }, *scalar);
+    return;
   }
-  void plain(bool value) { plain(static_cast<uint8_t>(value)); }
-  void plain(const std::string& text) {
-    plain(static_cast<uint64_t>(text.size()));
-    file_.write(std::string_view(text));
-  }
+  const GgufArray& array = std::get<GgufArray>(value);
+  put(out, kArrayId);
+  put(out, id_of_alternative(array.values.index()));
+  std::visit(
+      [&]<typename T>(const std::vector<T>& values) {
+        put(out, static_cast<uint64_t>(values.size()));
+        for (size_t i = 0; i < values.size(); ++i) put(out, static_cast<const T&>(values[i]));
+      },
+      array.values);
+}
 
-  void value(const GgufValue& value) {
-    if (const auto* scalar = std::get_if<GgufScalar>(&value)) {
-      plain(id_of_alternative(scalar->index()));
-      std::visit([&](const auto& v) { plain(v); }, *scalar);
-      return;
-    }
-    const GgufArray& array = std::get<GgufArray>(value);
-    plain(kArrayId);
-    plain(id_of_alternative(array.values.index()));
-    std::visit(
-        [&]<typename T>(const std::vector<T>& values) {
-          plain(static_cast<uint64_t>(values.size()));
-          for (size_t i = 0; i < values.size(); ++i) plain(static_cast<const T&>(values[i]));
-        },
-        array.values);
-  }
-
-  void bytes(std::span<const std::byte> bytes) { file_.write(bytes); }
-  void pad(size_t alignment) {
-    static constexpr std::byte kZeros[64] = {};
-    for (size_t missing = (alignment - file_.size() % alignment) % alignment; missing > 0;) {
-      const size_t now = std::min(missing, sizeof kZeros);
-      file_.write(std::span(kZeros).first(now));
-      missing -= now;
-    }
-  }
-  void commit() { file_.commit(); }
-
- private:
-  AtomicFile file_;
+// Everything before the data, and where the data ends, counted from its start.
+struct Layout {
+  size_t alignment;
+  std::string header;  // padded
+  uint64_t data_bytes;
 };
+Layout lay_out(const GgufMetadata& metadata, std::span<const Tensor> tensors, uint32_t version) {
+  Layout layout{read_alignment(metadata), {}, 0};
+  std::string& out = layout.header;
+  put(out, kMagic);
+  put(out, version);
+  put(out, static_cast<uint64_t>(tensors.size()));
+  put(out, static_cast<uint64_t>(metadata.pairs.size()));
+  for (const GgufPair& pair : metadata.pairs) {
+    put(out, pair.key);
+    put_value(out, pair.value);
+  }
+  for (const Tensor& t : tensors) {
+    MORU_CHECK(!t.shape.empty() && t.shape.size() <= kMaxDims);
+    put(out, t.name);
+    put(out, static_cast<uint32_t>(t.shape.size()));
+    for (size_t d = t.shape.size(); d-- > 0;) put(out, static_cast<uint64_t>(t.shape[d]));
+    put(out, traits(t.type).ggml_id);
+    put(out, layout.data_bytes);
+    layout.data_bytes += padded(bytes_of(t.type, t.count()), layout.alignment);
+  }
+  out.resize(padded(out.size(), layout.alignment));
+  return layout;
+}
 
 }  // namespace
 
@@ -483,33 +498,22 @@ const Tensor* GgufFile::find(std::string_view name) const {
 void write_gguf(const std::filesystem::path& path, const GgufMetadata& metadata,
                 std::span<const Tensor> tensors, uint32_t version) {
   MORU_CHECK(version == 2 || version == 3);
-  const size_t alignment = read_alignment(metadata);
-  GgufWriter out(path);
-  out.plain(kMagic);
-  out.plain(version);
-  out.plain(static_cast<uint64_t>(tensors.size()));
-  out.plain(static_cast<uint64_t>(metadata.pairs.size()));
-  for (const GgufPair& pair : metadata.pairs) {
-    out.plain(pair.key);
-    out.value(pair.value);
-  }
-  uint64_t offset = 0;
+  const Layout layout = lay_out(metadata, tensors, version);
+  const std::string zeros(layout.alignment, '\0');
+  AtomicFile file(path);
+  file.write(std::string_view(layout.header));
   for (const Tensor& t : tensors) {
-    MORU_CHECK(!t.shape.empty() && t.shape.size() <= kMaxDims);
     MORU_CHECK(t.data.size() == bytes_of(t.type, t.count()));
-    out.plain(t.name);
-    out.plain(static_cast<uint32_t>(t.shape.size()));
-    for (size_t d = t.shape.size(); d-- > 0;) out.plain(static_cast<uint64_t>(t.shape[d]));
-    out.plain(traits(t.type).ggml_id);
-    out.plain(offset);
-    offset += (t.data.size() + alignment - 1) / alignment * alignment;
+    file.write(t.data);
+    file.write(
+        std::string_view(zeros).substr(0, padded(t.data.size(), layout.alignment) - t.data.size()));
   }
-  out.pad(alignment);
-  for (const Tensor& t : tensors) {
-    out.bytes(t.data);
-    out.pad(alignment);
-  }
-  out.commit();
+  file.commit();
+}
+
+uint64_t gguf_bytes(const GgufMetadata& metadata, std::span<const Tensor> tensors) {
+  const Layout layout = lay_out(metadata, tensors, 3);
+  return layout.header.size() + layout.data_bytes;
 }
 
 }  // namespace moru

@@ -50,21 +50,21 @@ class GgufMetadata {
   std::optional<double> number(std::string_view key) const;  // any integer or float
   std::optional<bool> boolean(std::string_view key) const;
   std::optional<std::string> text(std::string_view key) const;
-  std::vector<std::string> texts(std::string_view key) const;    // empty if absent
-  std::vector<float> floats(std::string_view key) const;         // empty if absent
-  std::vector<int64_t> integers(std::string_view key) const;     // empty if absent
+  std::vector<std::string> texts(std::string_view key) const;  // empty if absent
+  std::vector<float> floats(std::string_view key) const;       // empty if absent
+  std::vector<int64_t> integers(std::string_view key) const;   // empty if absent
   // Replaces the value of `key`, or appends it.
   void set(std::string_view key, GgufValue value);
   void erase(std::string_view key);
 };
 
 struct Tensor {
-  std::string name;               // "blk.3.attn_q.weight"
+  std::string name;  // "blk.3.attn_q.weight"
   DType type;
-  std::vector<size_t> shape;      // slowest first: [rows, cols]
+  std::vector<size_t> shape;  // slowest first: [rows, cols]
   std::span<const std::byte> data;
 
-  size_t count() const;           // product of the shape
+  size_t count() const;  // product of the shape
 };
 
 class GgufFile {
@@ -95,5 +95,7 @@ class GgufFile {
 // Rewriting what GgufFile read from a canonical file gives the same bytes. Errors: io, no_space.
 void write_gguf(const std::filesystem::path& path, const GgufMetadata& metadata,
                 std::span<const Tensor> tensors, uint32_t version = 3);
+// The size of the file that write_gguf would write; of the tensors only name, type and shape count.
+uint64_t gguf_bytes(const GgufMetadata& metadata, std::span<const Tensor> tensors);
 
 }  // namespace moru

@@ -123,6 +123,7 @@ TEST_CASE("what is written is read back, and written again to the same bytes") {
     const TempDir folder;
     write_gguf(folder.path() / "again.gguf", file.metadata(), file.tensors(), file.version());
     CHECK(read_file(folder.path() / "again.gguf") == bytes);
+    CHECK(gguf_bytes(file.metadata(), file.tensors()) == bytes.size());
   }
 }
 
