@@ -7,25 +7,22 @@
 //   |
 //
 // Everything is interleaved by row, so that a vector holds the same thing of sixteen rows and no
-// sum ever runs across a vector. Column pair i of a unit is columns 2i and 2i + 1. A "word" is 32
-// u16 lanes of 64 bytes: lane 2r + p belongs to row r and column parity p. One word of int16
-// weights of a pair, times one token's two codes broadcast as 32 bits, is sixteen rows' partial
-// dots: one vpdpwssd. AVX2 takes the two halves of a word one after the other.
+// sum ever runs across a vector. Columns come in quads, of which a unit has eight. A word is 64
+// bytes, of which bytes 4r … 4r + 3 belong to row r: the four columns of a quad in the order 0, 2,
+// 1, 3, so that the even bytes of a word, widened, are two neighbouring columns as int16, and so
+// are the odd bytes. A word of codes times a token's four digits, broadcast as 32 bits, is sixteen
+// rows' partial dots: one vpdpbusd. AVX2 takes the two halves of a word one after the other.
 //
-// Code records (code = the integer that the format's value table or sign turns into a weight):
+// Code records. A code is unsigned; a weight is code − offset, or table[code]:
 //
-//   nibbles   4 words. Word z, bits 4j of a lane: low four bits of the code of pair 4z + j.
-//   fifth     1 word after the nibbles (Q5). Pair 4z + j, with c = 2z + (j & 1), h = j >> 1: bit
-//             ((4 + c) & 7) + 8h is the code's fifth bit.
-//   top two   2 words after the nibbles (Q6_K, two's complement of 6 bits). Pair 8v + 4y + j, with
-//             c = 2y + (j & 1), h = j >> 1: bits 2c + 8h of word v are the code's top two.
-//   two bits  2 words (Q2_K, Q3_K). Pair 8v + j: bits 2j of word v are the code's low two.
-//   third     1 word after the two bits (Q3_K). Pair 8v + j + 4h, with c = 4v + j, j < 4: bit
-//             ((2 + c) & 7) + 8h is the code's third bit.
-//   bytes     16 × 32 bytes (Q8_0). Byte 2r + p of vector i: the int8 code of pair i.
+//   nibbles   4 words. Byte of word z: low four bits of quad 2z's code, then of quad 2z + 1's.
+//   fifth     1 word after the nibbles (Q5): quad q's fifth bit at bit (4 + q) & 7 of each byte.
+//   top two   2 words after the nibbles (Q6_K): quad 4y + c's top bits at bit (4 + 2c) & 7 of word
+//   y. two bits  2 words (Q2_K, Q3_K): quad 4y + c at bit 2c of word y. third     1 word after the
+//   two bits (Q3_K): quad q's third bit at bit (2 + q) & 7. bytes     8 words (Q8_0): word q is
+//   quad q.
 //
-// The fifth and third bits stand where one shift brings both of them to the place above the code's
-// other bits in each byte of a lane.
+// High bits stand where one shift of the word brings a quad's to their place above the low ones.
 //
 // Scale records ([16] means: one for each row):
 //
@@ -45,7 +42,7 @@
 // What a product is, bit for bit, at every level and for any number of tokens. For token t and row
 // r, over blocks b of 16 or 32 columns in order:
 //
-//   dot  = Σ weight code · token code         exact in int32: 32 · 127 · 32,767 < 2^31
+//   dot  = Σ weight · token code              exact in int32: 32 · 128 · 32,639 < 2^31
 //   acc  = fma(float(dot), scale_b, acc)      scale_b = d or d · sub-scale, exact in f32
 //   acc  = fma(min_b, float(Σ token codes), acc)   formats with a minimum; min_b = m or −dmin · min
 //   y    = acc · token scale, or fma(acc, token scale, y)
@@ -100,12 +97,17 @@ struct Panels {
   size_t rows;      // rows to compute; the last panel may have fewer than 16
 };
 
+// The largest code of an activation: the largest number whose two balanced digits fit int8.
+inline constexpr int kMaxCode = 127 * 256 + 127;
+
 // Rows of activations.
 struct Tokens {
   const int16_t* codes;  // [count, stride]
   size_t stride;
-  const float*
-      sums;  // [count, sums_stride] sums of codes by 16 or 32 columns, as the format's block
+  // [count, 2 stride] code = 256 · high + low: each quad's four high digits, then its low ones, in
+  // a word's order. Only `direct` reads them.
+  const int8_t* digits;
+  const int32_t* sums;  // [count, sums_stride] of codes, by the format's block of 16 or 32 columns
   size_t sums_stride;
   const float* scales;  // [count]
   size_t count;
@@ -145,10 +147,10 @@ struct QuantKernels {
   // = scale · code (+ min, where mins is not null), each operation rounded.
   void (*dequantize)(const Stripe& w, size_t cols, size_t block, size_t first, size_t count,
                      float* out, size_t ld) noexcept;
-  // One row of activations, k a multiple of 32: codes, their sums by 16 and by 32 columns, and the
-  // returned scale (quantize_rows in quant_matrix.h).
-  float (*quantize)(const float* x, size_t k, int16_t* codes, float* sums16,
-                    float* sums32) noexcept;
+  // One row of activations, k a multiple of 32: what Tokens holds of it, and the returned scale, as
+  // QuantizedRows::set_row says. digits may be null.
+  float (*quantize)(const float* x, size_t k, int16_t* codes, int8_t* digits, int32_t* sums16,
+                    int32_t* sums32) noexcept;
 };
 
 const QuantKernels& quant_kernels_scalar() noexcept;

@@ -1,9 +1,11 @@
 // The exact product with AVX-512 VNNI. This file alone is built with these instructions, so it
 // shares no inline function with the rest of the program and instantiates no std template.
 //
-// The loops are bound by three things: memory for one or two tokens; the vpdpwssd units for many;
-// and, between, the shifts and permutes that unpack codes. vpermw reads only the low five bits of
-// each lane, so codes of up to five bits need no mask and come out as signed weights at once.
+// Packed weights times few tokens: codes stay unsigned bytes and a token's 16 bits are two signed
+// digits, so a word of 64 codes costs two vpdpbusd and no widening; a weight's offset is taken off
+// the block's dot by its sum of token codes. Many tokens: a stripe is widened to int16 once, then
+// every vpdpwssd does 32 whole products. Both do 32 products a cycle where the port takes one
+// 512-bit dot a cycle, and both are exact.
 #include <immintrin.h>
 
 #include <cstring>
@@ -23,19 +25,19 @@ using Word = __m512i;
 
 MORU_INLINE Word load_word(const void* p) { return _mm512_loadu_si512(p); }
 
-// Two neighbouring codes of a token, for every row.
-MORU_INLINE Word broadcast_pair(const int16_t* codes) {
-  int32_t both;
-  std::memcpy(&both, codes, sizeof both);
-  return _mm512_set1_epi32(both);
+// Four bytes of a token (two codes, or four digits), for every row.
+MORU_INLINE Word broadcast(const void* p) {
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  return _mm512_set1_epi32(four);
 }
 
-// r from a where the mask has ones, else from b.
+// Bits of a where the mask has ones, else of b.
 MORU_INLINE Word select(Word mask, Word a, Word b) {
   return _mm512_ternarylogic_epi32(mask, a, b, 0xca);
 }
 
-// Shifts every 16-bit lane right by kBits, or left where it is negative.
+// Shifts right by kBits, or left where it is negative; bits that cross bytes are masked by callers.
 template <int kBits>
 MORU_INLINE Word shifted(Word v) {
   if constexpr (kBits > 0)
@@ -46,117 +48,103 @@ MORU_INLINE Word shifted(Word v) {
     return v;
 }
 
-// ---- code records: group<z> gives the weights of pairs 4z … 4z + 3 of a unit ----
+// ---- code records: quad<q> gives the word of quad q's codes; weight = code − 2^kOffsetBits ----
 
-alignas(64) constexpr int16_t kUnsigned5[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
-                                                11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
-                                                22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
-alignas(64) constexpr int16_t kSigned5[32] = {-16, -15, -14, -13, -12, -11, -10, -9, -8, -7, -6,
-                                              -5,  -4,  -3,  -2,  -1,  0,   1,   2,  3,  4,  5,
-                                              6,   7,   8,   9,   10,  11,  12,  13, 14, 15};
-alignas(64) constexpr int16_t kUnsigned4[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9, 10,
-                                                11, 12, 13, 14, 15, 0,  1,  2,  3,  4, 5,
-                                                6,  7,  8,  9,  10, 11, 12, 13, 14, 15};
-alignas(64) constexpr int16_t kSigned4[32] = {-8, -7, -6, -5, -4, -3, -2, -1, 0,  1,  2,
-                                              3,  4,  5,  6,  7,  -8, -7, -6, -5, -4, -3,
-                                              -2, -1, 0,  1,  2,  3,  4,  5,  6,  7};
-alignas(64) constexpr int16_t kSigned3[32] = {-4, -3, -2, -1, 0,  1,  2,  3,  -4, -3, -2,
-                                              -1, 0,  1,  2,  3,  -4, -3, -2, -1, 0,  1,
-                                              2,  3,  -4, -3, -2, -1, 0,  1,  2,  3};
-alignas(64) constexpr int16_t kIq4[32] = {-127, -104, -83, -65, -49, -35,  -22,  -10, 1,   13,  25,
-                                          38,   53,   69,  89,  113, -127, -104, -83, -65, -49, -35,
-                                          -22,  -10,  1,   13,  25,  38,   53,   69,  89,  113};
-alignas(64) constexpr int16_t kE2m1[32] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,
-                                           0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+constexpr int kNoOffset = -1;
 
-template <const int16_t* kTable>
+template <int q>
+MORU_INLINE Word nibble(const uint8_t* unit) {
+  return _mm512_and_si512(shifted<4 * (q % 2)>(load_word(unit + 64 * (q / 2))),
+                          _mm512_set1_epi8(15));
+}
+
+template <int kOffset>
 struct Nibbles {
   static constexpr size_t kUnitBytes = 256;
-  template <int z>
-  MORU_INLINE void group(const uint8_t* unit, Word* w) {
-    const Word table = load_word(kTable), lanes = load_word(unit + 64 * z);
-    w[0] = _mm512_permutexvar_epi16(lanes, table);
-    w[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(lanes, 4), table);
-    w[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(lanes, 8), table);
-    w[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(lanes, 12), table);
+  static constexpr int kOffsetBits = kOffset;
+  template <int q>
+  MORU_INLINE Word quad(const uint8_t* unit) {
+    return nibble<q>(unit);
   }
 };
 
-template <const int16_t* kTable>
+// The table of a format whose weights are not evenly spaced, plus its offset, four times.
+#define MORU_FOUR_TIMES(...) \
+  { __VA_ARGS__, __VA_ARGS__, __VA_ARGS__, __VA_ARGS__ }
+struct Iq4Table {  // + 128
+  static constexpr int kOffsetBits = 7;
+  alignas(64) static constexpr uint8_t kValues[64] = MORU_FOUR_TIMES(1, 24, 45, 63, 79, 93, 106,
+                                                                     118, 129, 141, 153, 166, 181,
+                                                                     197, 217, 241);
+};
+struct Mxfp4Table {  // + 16
+  static constexpr int kOffsetBits = 4;
+  alignas(64) static constexpr uint8_t kValues[64] = MORU_FOUR_TIMES(16, 17, 18, 19, 20, 22, 24, 28,
+                                                                     16, 15, 14, 13, 12, 10, 8, 4);
+};
+template <typename Table>
+struct TableNibbles {
+  static constexpr size_t kUnitBytes = 256;
+  static constexpr int kOffsetBits = Table::kOffsetBits;
+  template <int q>
+  MORU_INLINE Word quad(const uint8_t* unit) {
+    return _mm512_shuffle_epi8(load_word(Table::kValues), nibble<q>(unit));
+  }
+};
+
+template <int kOffset>
 struct FiveBits {
   static constexpr size_t kUnitBytes = 320;
-  template <int z>
-  MORU_INLINE void group(const uint8_t* unit, Word* w) {
-    const Word table = load_word(kTable), low = _mm512_set1_epi8(15);
-    const Word lanes = load_word(unit + 64 * z), fifth = load_word(unit + 256);
-    // Bit ((4 + c) & 7) of each byte goes to bit 4, c = 2z and 2z + 1.
-    constexpr int kEven = 2 * z < 4 ? 2 * z : 2 * z - 8, kOdd = kEven + 1;
-    const Word even = select(low, lanes, shifted<kEven>(fifth));
-    const Word odd = select(low, _mm512_srli_epi16(lanes, 4), shifted<kOdd>(fifth));
-    w[0] = _mm512_permutexvar_epi16(even, table);
-    w[1] = _mm512_permutexvar_epi16(odd, table);
-    w[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(even, 8), table);
-    w[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(odd, 8), table);
+  static constexpr int kOffsetBits = kOffset;
+  template <int q>
+  MORU_INLINE Word quad(const uint8_t* unit) {
+    const Word low = shifted<4 * (q % 2)>(load_word(unit + 64 * (q / 2)));
+    const Word high =
+        shifted < q < 4 ? q : q - 8 > (load_word(unit + 256));  // bit (4 + q) & 7 to 4
+    return _mm512_and_si512(select(_mm512_set1_epi8(15), low, high), _mm512_set1_epi8(31));
   }
 };
 
 struct SixBits {
   static constexpr size_t kUnitBytes = 384;
-  template <int z>
-  MORU_INLINE void group(const uint8_t* unit, Word* w) {
-    const Word low = _mm512_set1_epi8(0x3c);
-    const Word lanes = load_word(unit + 64 * z), top = load_word(unit + 256 + 64 * (z / 2));
-    // The code to the top six bits of each byte; one arithmetic shift then gives the weight.
-    constexpr int kEven = 4 * (z & 1) - 6, kOdd = kEven + 2;
-    const Word even = select(low, _mm512_slli_epi16(lanes, 2), shifted<kEven>(top));
-    const Word odd = select(low, _mm512_srli_epi16(lanes, 2), shifted<kOdd>(top));
-    w[0] = _mm512_srai_epi16(_mm512_slli_epi16(even, 8), 10);
-    w[1] = _mm512_srai_epi16(_mm512_slli_epi16(odd, 8), 10);
-    w[2] = _mm512_srai_epi16(even, 10);
-    w[3] = _mm512_srai_epi16(odd, 10);
+  static constexpr int kOffsetBits = 5;
+  template <int q>
+  MORU_INLINE Word quad(const uint8_t* unit) {
+    constexpr int c = q % 4, kShift = c < 2 ? 2 * c : 2 * c - 8;  // bit (4 + 2c) & 7 to 4
+    const Word low = shifted<4 * (q % 2)>(load_word(unit + 64 * (q / 2)));
+    const Word high = shifted<kShift>(load_word(unit + 256 + 64 * (q / 4)));
+    return _mm512_and_si512(select(_mm512_set1_epi8(15), low, high), _mm512_set1_epi8(63));
   }
 };
 
 struct TwoBits {
   static constexpr size_t kUnitBytes = 128;
-  template <int z>
-  MORU_INLINE void group(const uint8_t* unit, Word* w) {
-    const Word three = _mm512_set1_epi16(3), lanes = load_word(unit + 64 * (z / 2));
-    constexpr int kFirst = 8 * (z & 1);
-    w[0] = _mm512_and_si512(shifted<kFirst>(lanes), three);
-    w[1] = _mm512_and_si512(shifted<kFirst + 2>(lanes), three);
-    w[2] = _mm512_and_si512(shifted<kFirst + 4>(lanes), three);
-    w[3] = _mm512_and_si512(shifted<kFirst + 6>(lanes), three);
+  static constexpr int kOffsetBits = kNoOffset;
+  template <int q>
+  MORU_INLINE Word quad(const uint8_t* unit) {
+    return _mm512_and_si512(shifted<2 * (q % 4)>(load_word(unit + 64 * (q / 4))),
+                            _mm512_set1_epi8(3));
   }
 };
 
 struct ThreeBits {
   static constexpr size_t kUnitBytes = 192;
-  // Pairs 8v + j (low bytes) and 8v + 4 + j (high bytes).
-  template <int v, int j>
-  MORU_INLINE Word both(Word lanes, Word third) {
-    constexpr int c = 4 * v + j, kShift = c < 6 ? c : c - 8;
-    return select(_mm512_set1_epi8(3), shifted<2 * j>(lanes), shifted<kShift>(third));
-  }
-  template <int z>
-  MORU_INLINE void group(const uint8_t* unit, Word* w) {
-    constexpr int v = z / 2, kByte = 8 * (z & 1);
-    const Word table = load_word(kSigned3);
-    const Word lanes = load_word(unit + 64 * v), third = load_word(unit + 128);
-    w[0] = _mm512_permutexvar_epi16(shifted<kByte>(both<v, 0>(lanes, third)), table);
-    w[1] = _mm512_permutexvar_epi16(shifted<kByte>(both<v, 1>(lanes, third)), table);
-    w[2] = _mm512_permutexvar_epi16(shifted<kByte>(both<v, 2>(lanes, third)), table);
-    w[3] = _mm512_permutexvar_epi16(shifted<kByte>(both<v, 3>(lanes, third)), table);
+  static constexpr int kOffsetBits = 2;
+  template <int q>
+  MORU_INLINE Word quad(const uint8_t* unit) {
+    const Word low = shifted<2 * (q % 4)>(load_word(unit + 64 * (q / 4)));
+    const Word high =
+        shifted < q < 6 ? q : q - 8 > (load_word(unit + 128));  // bit (2 + q) & 7 to 2
+    return _mm512_and_si512(select(_mm512_set1_epi8(3), low, high), _mm512_set1_epi8(7));
   }
 };
 
 struct Bytes {
   static constexpr size_t kUnitBytes = 512;
-  template <int z>
-  MORU_INLINE void group(const uint8_t* unit, Word* w) {
-    for (int j = 0; j < 4; ++j)
-      w[j] = _mm512_cvtepi8_epi16(
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(unit + 32 * (4 * z + j))));
+  static constexpr int kOffsetBits = 7;
+  template <int q>
+  MORU_INLINE Word quad(const uint8_t* unit) {
+    return load_word(unit + 64 * q);
   }
 };
 
@@ -283,13 +271,13 @@ struct Format {
 template <DType kType>
 struct FormatOf;
 template <>
-struct FormatOf<DType::q4_0> : Format<Nibbles<kSigned4>, HalfScale> {};
+struct FormatOf<DType::q4_0> : Format<Nibbles<3>, HalfScale> {};
 template <>
-struct FormatOf<DType::q4_1> : Format<Nibbles<kUnsigned4>, HalfScaleMin> {};
+struct FormatOf<DType::q4_1> : Format<Nibbles<kNoOffset>, HalfScaleMin> {};
 template <>
-struct FormatOf<DType::q5_0> : Format<FiveBits<kSigned5>, HalfScale> {};
+struct FormatOf<DType::q5_0> : Format<FiveBits<4>, HalfScale> {};
 template <>
-struct FormatOf<DType::q5_1> : Format<FiveBits<kUnsigned5>, HalfScaleMin> {};
+struct FormatOf<DType::q5_1> : Format<FiveBits<kNoOffset>, HalfScaleMin> {};
 template <>
 struct FormatOf<DType::q8_0> : Format<Bytes, HalfScale> {};
 template <>
@@ -297,17 +285,17 @@ struct FormatOf<DType::q2_k> : Format<TwoBits, FourScaleMin> {};
 template <>
 struct FormatOf<DType::q3_k> : Format<ThreeBits, SixScale> {};
 template <>
-struct FormatOf<DType::q4_k> : Format<Nibbles<kUnsigned4>, SixScaleMin> {};
+struct FormatOf<DType::q4_k> : Format<Nibbles<kNoOffset>, SixScaleMin> {};
 template <>
-struct FormatOf<DType::q5_k> : Format<FiveBits<kUnsigned5>, SixScaleMin> {};
+struct FormatOf<DType::q5_k> : Format<FiveBits<kNoOffset>, SixScaleMin> {};
 template <>
 struct FormatOf<DType::q6_k> : Format<SixBits, ByteScale> {};
 template <>
-struct FormatOf<DType::iq4_nl> : Format<Nibbles<kIq4>, HalfScale> {};
+struct FormatOf<DType::iq4_nl> : Format<TableNibbles<Iq4Table>, HalfScale> {};
 template <>
-struct FormatOf<DType::iq4_xs> : Format<Nibbles<kIq4>, SplitScale> {};
+struct FormatOf<DType::iq4_xs> : Format<TableNibbles<Iq4Table>, SplitScale> {};
 template <>
-struct FormatOf<DType::mxfp4> : Format<Nibbles<kE2m1>, PowerScale> {};
+struct FormatOf<DType::mxfp4> : Format<TableNibbles<Mxfp4Table>, PowerScale> {};
 
 // ---- packed panels × up to four tokens ----
 
@@ -322,74 +310,74 @@ MORU_INLINE __mmask16 first_rows(size_t n) {
   return static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1);
 }
 
-// Adds the dots of pairs 4z … 4z + 3. One token has two chains of sums, so that the latency of
-// vpdpwssd does not bind.
-template <typename C, int z, int kTokens, int kChains>
-MORU_INLINE void add_group(const uint8_t* unit, const int16_t* const (&x)[kTokens],
-                           Word (&dot)[kTokens][kChains]) {
-  Word w[4];
-  C::template group<z>(unit, w);
+template <int kTokens>
+struct Dots {
+  Word high[kTokens], low[kTokens];
+};
+
+template <int kTokens>
+MORU_INLINE void clear(Dots<kTokens>& dots) {
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j)
-#pragma GCC unroll 4
-    for (int t = 0; t < kTokens; ++t)
-      dot[t][j % kChains] =
-          _mm512_dpwssd_epi32(dot[t][j % kChains], w[j], broadcast_pair(x[t] + 2 * (4 * z + j)));
+  for (int t = 0; t < kTokens; ++t) dots.high[t] = dots.low[t] = _mm512_setzero_si512();
 }
 
-template <typename S, int kTokens, int kChains>
-MORU_INLINE void end_block(Word (&dot)[kTokens][kChains], __m512 scale, __m512 min,
-                           const float* sums, size_t sums_stride, __m512 (&acc)[kTokens]) {
+// Adds quads kFirst … kFirst + 3 of a unit.
+template <typename C, int kFirst, int kTokens>
+MORU_INLINE void add_quads(const uint8_t* unit, const int8_t* x, size_t stride,
+                           Dots<kTokens>& dots) {
+  const Word w[4] = {C::template quad<kFirst>(unit), C::template quad<kFirst + 1>(unit),
+                     C::template quad<kFirst + 2>(unit), C::template quad<kFirst + 3>(unit)};
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+      const int8_t* at = x + static_cast<size_t>(t) * stride + 8 * (kFirst + i);
+      dots.high[t] = _mm512_dpbusd_epi32(dots.high[t], w[i], broadcast(at));
+      dots.low[t] = _mm512_dpbusd_epi32(dots.low[t], w[i], broadcast(at + 4));
+    }
+}
+
+template <typename C, typename S, int kTokens>
+MORU_INLINE void end_block(Dots<kTokens>& dots, __m512 scale, __m512 min, const int32_t* sums,
+                           size_t sums_stride, __m512 (&acc)[kTokens]) {
 #pragma GCC unroll 4
   for (int t = 0; t < kTokens; ++t) {
-    Word sum = dot[t][0];
-    if constexpr (kChains == 2) sum = _mm512_add_epi32(sum, dot[t][1]);
-    acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc[t]);
+    const int32_t* sum = sums + static_cast<size_t>(t) * sums_stride;
+    Word dot = _mm512_add_epi32(_mm512_slli_epi32(dots.high[t], 8), dots.low[t]);
+    if constexpr (C::kOffsetBits != kNoOffset)
+      dot = _mm512_sub_epi32(dot, _mm512_slli_epi32(broadcast(sum), C::kOffsetBits));
+    acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, acc[t]);
     if constexpr (S::kMin)
-      acc[t] =
-          _mm512_fmadd_ps(min, _mm512_set1_ps(sums[static_cast<size_t>(t) * sums_stride]), acc[t]);
-    for (int c = 0; c < kChains; ++c) dot[t][c] = _mm512_setzero_si512();
+      acc[t] = _mm512_fmadd_ps(min, _mm512_cvtepi32_ps(broadcast(sum)), acc[t]);
   }
+  clear(dots);
 }
 
 template <typename C, typename S, int kTokens>
 void direct_tokens(const Panels& panels, const Tokens& tokens, const Target& y) noexcept {
-  constexpr int kChains = kTokens == 1 ? 2 : 1;
   constexpr size_t kUnits = S::kBlock * S::kBlocks / kUnitCols;  // of a scale record
+  const size_t stride = 2 * tokens.stride, sums_stride = tokens.sums_stride;
   for (size_t row = 0; row < panels.rows; row += kPanelRows) {
     const uint8_t* record = panels.data + row / kPanelRows * panels.panel_bytes;
     const uint8_t* unit = record + panels.codes_at;
-    const float* sums = tokens.sums;
-    const int16_t* x[kTokens];
+    const int32_t* sums = tokens.sums;
+    const int8_t* x = tokens.digits;
     __m512 acc[kTokens];
-    Word dot[kTokens][kChains];
-    for (int t = 0; t < kTokens; ++t) {
-      x[t] = tokens.codes + static_cast<size_t>(t) * tokens.stride;
-      acc[t] = _mm512_setzero_ps();
-      for (int c = 0; c < kChains; ++c) dot[t][c] = _mm512_setzero_si512();
-    }
+    for (int t = 0; t < kTokens; ++t) acc[t] = _mm512_setzero_ps();
+    Dots<kTokens> dots;
+    clear(dots);
     for (size_t done = 0; done < panels.units; done += kUnits, record += S::kBytes) {
       __m512 scale[S::kBlocks], min[S::kBlocks];
       S::decode(record, scale, min);
 #pragma GCC unroll 1
-      for (size_t u = 0; u < kUnits; ++u, unit += C::kUnitBytes) {
-        if constexpr (S::kBlock == 32) {
-          add_group<C, 0>(unit, x, dot);
-          add_group<C, 1>(unit, x, dot);
-          add_group<C, 2>(unit, x, dot);
-          add_group<C, 3>(unit, x, dot);
-          end_block<S>(dot, scale[u], min[u], sums, tokens.sums_stride, acc);
-          sums += 1;
-        } else {
-          add_group<C, 0>(unit, x, dot);
-          add_group<C, 1>(unit, x, dot);
-          end_block<S>(dot, scale[2 * u], min[2 * u], sums, tokens.sums_stride, acc);
-          add_group<C, 2>(unit, x, dot);
-          add_group<C, 3>(unit, x, dot);
-          end_block<S>(dot, scale[2 * u + 1], min[2 * u + 1], sums + 1, tokens.sums_stride, acc);
-          sums += 2;
-        }
-        for (int t = 0; t < kTokens; ++t) x[t] += kUnitCols;
+      for (size_t u = 0; u < kUnits; ++u, unit += C::kUnitBytes, x += 2 * kUnitCols) {
+        add_quads<C, 0>(unit, x, stride, dots);
+        if constexpr (S::kBlock == 16)
+          end_block<C, S>(dots, scale[2 * u], min[2 * u], sums++, sums_stride, acc);
+        add_quads<C, 4>(unit, x, stride, dots);
+        constexpr size_t kEach = kUnitCols / S::kBlock;
+        const size_t last = kEach * u + kEach - 1;
+        end_block<C, S>(dots, scale[last], min[last], sums++, sums_stride, acc);
       }
     }
     for (int t = 0; t < kTokens; ++t)
@@ -427,13 +415,23 @@ void unpack(const uint8_t* record, const uint8_t* unit, size_t units, const Stri
   const size_t lanes = out.lanes;
   int16_t* codes = out.codes;
   for (size_t u = 0; u < units; ++u, unit += C::kUnitBytes) {
-    Word w[16];
-    C::template group<0>(unit, w);
-    C::template group<1>(unit, w + 4);
-    C::template group<2>(unit, w + 8);
-    C::template group<3>(unit, w + 12);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i, codes += 2 * lanes) _mm512_storeu_si512(codes, w[i]);
+    const Word quads[8] = {C::template quad<0>(unit), C::template quad<1>(unit),
+                           C::template quad<2>(unit), C::template quad<3>(unit),
+                           C::template quad<4>(unit), C::template quad<5>(unit),
+                           C::template quad<6>(unit), C::template quad<7>(unit)};
+    const Word offset =
+        _mm512_set1_epi16(C::kOffsetBits == kNoOffset ? 0 : 1 << (C::kOffsetBits & 15));
+#pragma GCC unroll 8
+    for (int q = 0; q < 8; ++q, codes += 4 * lanes) {
+      Word even = _mm512_and_si512(quads[q], _mm512_set1_epi16(255));
+      Word odd = _mm512_srli_epi16(quads[q], 8);
+      if constexpr (C::kOffsetBits != kNoOffset) {
+        even = _mm512_sub_epi16(even, offset);
+        odd = _mm512_sub_epi16(odd, offset);
+      }
+      _mm512_storeu_si512(codes, even);
+      _mm512_storeu_si512(codes + 2 * lanes, odd);
+    }
   }
   float* scales = out.scales;
   float* mins = out.mins;
@@ -456,7 +454,7 @@ template <size_t kBlock, bool kMin, int kTokens>
 MORU_INLINE void stripe_tile(const Stripe& w, size_t cols, __mmask16 rows0, __mmask16 rows1,
                              const Tokens& tokens, size_t first, const Target& y) {
   const int16_t* x = tokens.codes + first * tokens.stride;
-  const float* sums = tokens.sums + first * tokens.sums_stride;
+  const int32_t* sums = tokens.sums + first * tokens.sums_stride;
   const size_t stride = tokens.stride, sums_stride = tokens.sums_stride;
   const int16_t* codes = w.codes;
   const float *scales = w.scales, *mins = w.mins;
@@ -470,7 +468,7 @@ MORU_INLINE void stripe_tile(const Stripe& w, size_t cols, __mmask16 rows0, __mm
       const Word w0 = load_word(codes + 64 * pair), w1 = load_word(codes + 64 * pair + 32);
 #pragma GCC unroll 6
       for (int t = 0; t < kTokens; ++t) {
-        const Word both = broadcast_pair(x + static_cast<size_t>(t) * stride + 2 * pair);
+        const Word both = broadcast(x + static_cast<size_t>(t) * stride + 2 * pair);
         dot0[t] = _mm512_dpwssd_epi32(dot0[t], w0, both);
         dot1[t] = _mm512_dpwssd_epi32(dot1[t], w1, both);
       }
@@ -483,7 +481,8 @@ MORU_INLINE void stripe_tile(const Stripe& w, size_t cols, __mmask16 rows0, __mm
     if constexpr (kMin) {
       const __m512 min0 = _mm512_loadu_ps(mins), min1 = _mm512_loadu_ps(mins + 16);
       for (int t = 0; t < kTokens; ++t) {
-        const __m512 sum = _mm512_set1_ps(sums[static_cast<size_t>(t) * sums_stride]);
+        const __m512 sum =
+            _mm512_cvtepi32_ps(broadcast(sums + static_cast<size_t>(t) * sums_stride));
         acc0[t] = _mm512_fmadd_ps(min0, sum, acc0[t]);
         acc1[t] = _mm512_fmadd_ps(min1, sum, acc1[t]);
       }
@@ -574,7 +573,8 @@ void dequantize(const Stripe& w, size_t cols, size_t block, size_t first, size_t
   }
 }
 
-float quantize(const float* x, size_t k, int16_t* codes, float* sums16, float* sums32) noexcept {
+float quantize(const float* x, size_t k, int16_t* codes, int8_t* digits, int32_t* sums16,
+               int32_t* sums32) noexcept {
   const Word magnitude = _mm512_set1_epi32(0x7fffffff);
   Word most = _mm512_setzero_si512();
   for (size_t i = 0; i < k; i += 16)
@@ -584,22 +584,37 @@ float quantize(const float* x, size_t k, int16_t* codes, float* sums16, float* s
   std::memcpy(&max, &largest, sizeof max);
   const bool finite = largest < 0x7f800000u, usable = finite && max >= 0x1p-100f;
   const __mmask16 lanes = usable ? 0xffff : 0;
-  const __m512 inverse = _mm512_set1_ps(usable ? 32767.0f / max : 0);
+  const __m512 inverse = _mm512_set1_ps(usable ? static_cast<float>(kMaxCode) / max : 0);
+  // Bytes of each quad of codes (low, high, low, high …) to its digits in a word's order.
+  const Word to_high = _mm512_broadcast_i32x4(
+      _mm_setr_epi8(1, 5, 3, 7, -1, -1, -1, -1, 9, 13, 11, 15, -1, -1, -1, -1));
+  const Word to_low = _mm512_broadcast_i32x4(
+      _mm_setr_epi8(-1, -1, -1, -1, 0, 4, 2, 6, -1, -1, -1, -1, 8, 12, 10, 14));
   for (size_t i = 0; i < k; i += 32) {
     Word n[2];
-    int32_t sum[2];
-    for (size_t h = 0; h < 2; ++h) {
+    for (size_t h = 0; h < 2; ++h)
       n[h] =
           _mm512_maskz_cvtps_epi32(lanes, _mm512_mul_ps(_mm512_loadu_ps(x + i + 16 * h), inverse));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i + 16 * h),
-                          _mm512_cvtepi32_epi16(n[h]));
-      sum[h] = _mm512_reduce_add_epi32(n[h]);
-      sums16[i / 16 + h] = static_cast<float>(sum[h]);
+    const Word both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(n[0])),
+                                         _mm512_cvtepi32_epi16(n[1]), 1);
+    _mm512_storeu_si512(codes + i, both);
+    if (digits != nullptr) {
+      const Word high =
+          _mm512_shuffle_epi8(_mm512_add_epi16(both, _mm512_set1_epi16(128)), to_high);
+      const Word low = _mm512_shuffle_epi8(both, to_low);
+      _mm512_storeu_si512(digits + 2 * i, _mm512_or_si512(high, low));
     }
-    sums32[i / 32] = static_cast<float>(sum[0] + sum[1]);
+    // Sums of 16: two by two, then the four of each quarter, then the quarters of each half.
+    Word sum = _mm512_madd_epi16(both, _mm512_set1_epi16(1));
+    sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, _MM_PERM_BADC));
+    sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, _MM_PERM_CDAB));
+    sum = _mm512_add_epi32(sum, _mm512_shuffle_i32x4(sum, sum, _MM_SHUFFLE(2, 3, 0, 1)));
+    sums16[i / 16] = _mm_cvtsi128_si32(_mm512_castsi512_si128(sum));
+    sums16[i / 16 + 1] = _mm_cvtsi128_si32(_mm512_extracti32x4_epi32(sum, 2));
+    sums32[i / 32] = sums16[i / 16] + sums16[i / 16 + 1];
   }
   if (!finite) return __builtin_nanf("");
-  return usable ? max / 32767.0f : 0;
+  return usable ? max / static_cast<float>(kMaxCode) : 0;
 }
 
 template <DType kType>

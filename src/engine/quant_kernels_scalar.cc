@@ -1,5 +1,6 @@
 // The definition of the exact product: every other level must give these bits. Plain loops, one
 // weight at a time, reading the packed layout as quant_kernels.h draws it.
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -21,42 +22,32 @@ uint32_t u32_at(const uint8_t* p, size_t i) {
   std::memcpy(&value, p + 4 * i, sizeof value);
   return value;
 }
-uint32_t lane_at(const uint8_t* word, size_t r, size_t p) { return u16_at(word, 2 * r + p); }
 float half_at(const uint8_t* p, size_t r) { return f32_from_f16(u16_at(p, r)); }
 
-constexpr bool has_nibbles(DType type) {
-  return type != DType::q8_0 && type != DType::q2_k && type != DType::q3_k;
-}
-
-// The weight of row r, pair i, parity p of a unit, before its scale.
+// The weight of row r and column c of a unit, before its scale.
 template <DType kType>
-int weight_at(const uint8_t* unit, size_t i, size_t r, size_t p) {
+int weight_at(const uint8_t* unit, size_t c, size_t r) {
+  constexpr size_t kOrder[4] = {0, 2, 1, 3};
+  const size_t q = c / 4, byte = 4 * r + kOrder[c % 4];
   if constexpr (kType == DType::q8_0) {
-    return static_cast<int8_t>(unit[32 * i + 2 * r + p]);
+    return unit[64 * q + byte] - 128;
   } else if constexpr (kType == DType::q2_k || kType == DType::q3_k) {
-    const size_t v = i / 8, c = 4 * v + i % 4, h = i % 8 / 4;
-    const auto low = static_cast<int>(lane_at(unit + 64 * v, r, p) >> (2 * (i % 8)) & 3);
+    const int low = unit[64 * (q / 4) + byte] >> (2 * (q % 4)) & 3;
     if constexpr (kType == DType::q2_k) return low;
-    const auto third = static_cast<int>(lane_at(unit + 128, r, p) >> (((2 + c) & 7) + 8 * h) & 1);
+    const int third = unit[128 + byte] >> ((2 + q) & 7) & 1;
     return (low | third << 2) - 4;
   } else {
-    static_assert(has_nibbles(kType));
-    const size_t z = i / 4, j = i % 4, h = j >> 1;
-    const auto low = static_cast<int>(lane_at(unit + 64 * z, r, p) >> (4 * j) & 15);
+    const int low = unit[64 * (q / 2) + byte] >> (4 * (q % 2)) & 15;
     if constexpr (kType == DType::iq4_nl || kType == DType::iq4_xs)
       return kIq4Values[static_cast<size_t>(low)];
     if constexpr (kType == DType::mxfp4) return kMxfp4Values[static_cast<size_t>(low)];
     if constexpr (kType == DType::q4_0) return low - 8;
     if constexpr (kType == DType::q4_1 || kType == DType::q4_k) return low;
     if constexpr (kType == DType::q6_k) {
-      const size_t c = 2 * (z & 1) + (j & 1);
-      const auto top =
-          static_cast<int>(lane_at(unit + 256 + 64 * (z / 2), r, p) >> (2 * c + 8 * h) & 3);
-      const int code = low | top << 4;
-      return code >= 32 ? code - 64 : code;
+      const int top = unit[256 + 64 * (q / 4) + byte] >> ((4 + 2 * q) & 7) & 3;
+      return (low | top << 4) - 32;
     }
-    const size_t c = 2 * z + (j & 1);
-    const auto fifth = static_cast<int>(lane_at(unit + 256, r, p) >> (((4 + c) & 7) + 8 * h) & 1);
+    const int fifth = unit[256 + byte] >> ((4 + q) & 7) & 1;
     return (low | fifth << 4) - (kType == DType::q5_0 ? 16 : 0);
   }
 }
@@ -113,11 +104,10 @@ ScaleMinF32 scale_at(const uint8_t* record, size_t b, size_t r) {
 template <DType kType>
 void unpack(const uint8_t* scales, const uint8_t* codes, size_t units, const Stripe& out) noexcept {
   constexpr PanelFormat format = kPanelFormat[panel_format_index(kType)];
-  for (size_t pair = 0; pair < units * 16; ++pair)
+  for (size_t c = 0; c < units * kUnitCols; ++c)
     for (size_t r = 0; r < kPanelRows; ++r)
-      for (size_t p = 0; p < 2; ++p)
-        out.codes[2 * (pair * out.lanes + r) + p] = static_cast<int16_t>(
-            weight_at<kType>(codes + pair / 16 * format.unit_bytes, pair % 16, r, p));
+      out.codes[2 * (c / 2 * out.lanes + r) + c % 2] = static_cast<int16_t>(
+          weight_at<kType>(codes + c / kUnitCols * format.unit_bytes, c % kUnitCols, r));
   constexpr size_t per_record = format.scale_cols / format.block;
   for (size_t b = 0; b < units * kUnitCols / format.block; ++b)
     for (size_t r = 0; r < kPanelRows; ++r) {
@@ -148,11 +138,12 @@ void direct(const Panels& w, const Tokens& x, const Target& y) noexcept {
         const int16_t* code = x.codes + t * x.stride + b * format.block;
         int32_t dot = 0;
         for (size_t c = 0; c < format.block; ++c)
-          dot += weight_at<kType>(unit, b % per_unit * 8 + c / 2, r, c % 2) * code[c];
+          dot += weight_at<kType>(unit, b % per_unit * format.block + c, r) * code[c];
         const ScaleMinF32 s =
             scale_at<kType>(panel + b / per_record * format.scale_bytes, b % per_record, r);
         acc = std::fma(static_cast<float>(dot), s.scale, acc);
-        if (format.has_min) acc = std::fma(s.min, x.sums[t * x.sums_stride + b], acc);
+        if (format.has_min)
+          acc = std::fma(s.min, static_cast<float>(x.sums[t * x.sums_stride + b]), acc);
       }
       store(y, t, row, acc, x.scales[t]);
     }
@@ -169,7 +160,9 @@ void stripe(const Stripe& w, size_t cols, size_t rows, const Tokens& x, const Ta
         for (size_t c = b * kBlock; c < (b + 1) * kBlock; ++c)
           dot += w.codes[2 * (c / 2 * w.lanes + r) + c % 2] * x.codes[t * x.stride + c];
         acc = std::fma(static_cast<float>(dot), w.scales[b * w.lanes + r], acc);
-        if (kMin) acc = std::fma(w.mins[b * w.lanes + r], x.sums[t * x.sums_stride + b], acc);
+        if (kMin)
+          acc = std::fma(w.mins[b * w.lanes + r], static_cast<float>(x.sums[t * x.sums_stride + b]),
+                         acc);
       }
       store(y, t, r, acc, x.scales[t]);
     }
@@ -186,24 +179,31 @@ void dequantize(const Stripe& w, size_t cols, size_t block, size_t first, size_t
     }
 }
 
-float quantize(const float* x, size_t k, int16_t* codes, float* sums16, float* sums32) noexcept {
+float quantize(const float* x, size_t k, int16_t* codes, int8_t* digits, int32_t* sums16,
+               int32_t* sums32) noexcept {
   uint32_t largest = 0;  // of the magnitudes as bits, where a NaN is above infinity
   for (size_t i = 0; i < k; ++i)
     largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
   const float max = std::bit_cast<float>(largest);
-  const bool usable = max >= 0x1p-100f && largest < 0x7f800000u;
-  const float inverse = usable ? 32767.0f / max : 0;
+  const bool finite = largest < 0x7f800000u, usable = finite && max >= 0x1p-100f;
+  const float inverse = usable ? static_cast<float>(kMaxCode) / max : 0;
+  for (size_t i = 0; i < k; ++i)
+    codes[i] = usable ? static_cast<int16_t>(std::lrint(x[i] * inverse)) : int16_t{0};
   for (size_t b = 0; b < k / 16; ++b) {
-    int32_t sum = 0;
-    for (size_t i = 16 * b; i < 16 * b + 16; ++i) {
-      codes[i] = usable ? static_cast<int16_t>(std::lrint(x[i] * inverse)) : int16_t{0};
-      sum += codes[i];
-    }
-    sums16[b] = static_cast<float>(sum);
+    sums16[b] = 0;
+    for (size_t i = 16 * b; i < 16 * b + 16; ++i) sums16[b] += codes[i];
   }
   for (size_t b = 0; b < k / 32; ++b) sums32[b] = sums16[2 * b] + sums16[2 * b + 1];
-  if (largest >= 0x7f800000u) return std::bit_cast<float>(0x7fc00000u);
-  return usable ? max / 32767.0f : 0;
+  if (digits != nullptr)
+    for (size_t quad = 0; quad < k / 4; ++quad)
+      for (size_t i = 0; i < 4; ++i) {
+        constexpr size_t kOrder[4] = {0, 2, 1, 3};
+        const int code = codes[4 * quad + i], high = (code + 128) >> 8;
+        digits[8 * quad + kOrder[i]] = static_cast<int8_t>(high);
+        digits[8 * quad + 4 + kOrder[i]] = static_cast<int8_t>(code - 256 * high);
+      }
+  if (!finite) return std::bit_cast<float>(0x7fc00000u);
+  return usable ? max / static_cast<float>(kMaxCode) : 0;
 }
 
 template <DType kType>

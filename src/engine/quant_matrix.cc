@@ -65,24 +65,28 @@ void QuantizedRows::resize(size_t m, size_t k) {
   MORU_CHECK(k % kUnitCols == 0);
   // One cache line between rows, so that rows of 2^n codes do not fall on the same cache sets.
   const size_t stride = k + 32;
-  const size_t codes = m * stride * sizeof(int16_t);
+  const bool few = m < kStripeTokens;
+  const size_t codes = m * stride * sizeof(int16_t), digits = few ? m * stride * 2 : 0;
   const size_t scales = round_up(m * sizeof(float), 64);
-  const size_t sums16 = m * (k / 16) * sizeof(float), sums32 = m * (k / 32) * sizeof(float);
-  const size_t bytes = codes + scales + sums16 + sums32;
+  const size_t sums16 = m * (k / 16) * sizeof(int32_t), sums32 = m * (k / 32) * sizeof(int32_t);
+  const size_t bytes = codes + digits + scales + sums16 + sums32;
   if (bytes > memory_.bytes()) memory_ = PageBuffer(bytes);
   m_ = m;
   k_ = k;
   stride_ = stride;
   auto* at = static_cast<std::byte*>(memory_.data());
   codes_ = reinterpret_cast<int16_t*>(at);
-  scales_ = reinterpret_cast<float*>(at + codes);
-  sums16_ = reinterpret_cast<float*>(at + codes + scales);
-  sums32_ = reinterpret_cast<float*>(at + codes + scales + sums16);
+  digits_ = few ? reinterpret_cast<int8_t*>(at + codes) : nullptr;
+  at += codes + digits;
+  scales_ = reinterpret_cast<float*>(at);
+  sums16_ = reinterpret_cast<int32_t*>(at + scales);
+  sums32_ = reinterpret_cast<int32_t*>(at + scales + sums16);
 }
 
 void QuantizedRows::set_row(size_t i, const float* x) {
   MORU_DCHECK(i < m_);
-  scales_[i] = kernels().quantize(x, k_, codes_ + i * stride_, sums16_ + i * (k_ / 16),
+  int8_t* digits = digits_ == nullptr ? nullptr : digits_ + i * 2 * stride_;
+  scales_[i] = kernels().quantize(x, k_, codes_ + i * stride_, digits, sums16_ + i * (k_ / 16),
                                   sums32_ + i * (k_ / 32));
 }
 
@@ -106,13 +110,16 @@ struct QuantMatrixView {
 };
 struct QuantizedRowsView {
   static Tokens tokens(const QuantizedRows& x, size_t first, size_t count, size_t block) {
-    const float* sums = block == 16 ? x.sums16_ : x.sums32_;
-    return {x.codes_ + first * x.stride_,
-            x.stride_,
-            sums + first * (x.k_ / block),
-            x.k_ / block,
-            x.scales_ + first,
-            count};
+    const int32_t* sums = block == 16 ? x.sums16_ : x.sums32_;
+    return {
+        .codes = x.codes_ + first * x.stride_,
+        .stride = x.stride_,
+        .digits = x.digits_ == nullptr ? nullptr : x.digits_ + first * 2 * x.stride_,
+        .sums = sums + first * (x.k_ / block),
+        .sums_stride = x.k_ / block,
+        .scales = x.scales_ + first,
+        .count = count,
+    };
   }
 };
 

@@ -25,7 +25,7 @@ class QuantizedRows {
  public:
   // Allocates only when m · k grows beyond what it was before.
   void resize(size_t m, size_t k);
-  // Row i = round-to-nearest-even(x · (32767 / max|x|)), scale = max|x| / 32767, with x: [k].
+  // Row i = round-to-nearest-even(x · (32639 / max|x|)), scale = max|x| / 32639, with x: [k].
   // A row whose largest magnitude is below 2^-100 counts as zero; one that holds an infinity or a
   // NaN gets a NaN scale, so every product with it is NaN. Different rows may be set at once by
   // different threads.
@@ -40,10 +40,10 @@ class QuantizedRows {
   friend struct QuantizedRowsView;
   PageBuffer memory_;
   size_t m_ = 0, k_ = 0, stride_ = 0;
-  int16_t* codes_ = nullptr;  // [m, stride]
-  float* scales_ = nullptr;   // [m]
-  float* sums16_ = nullptr;   // [m, k / 16]: sums of codes, for formats with minimums
-  float* sums32_ = nullptr;   // [m, k / 32]
+  int16_t* codes_ = nullptr;                       // [m, stride]
+  int8_t* digits_ = nullptr;                       // [m, 2 stride]; null for many rows
+  float* scales_ = nullptr;                        // [m]
+  int32_t *sums16_ = nullptr, *sums32_ = nullptr;  // [m, k / 16], [m, k / 32]: sums of codes
 };
 
 // x: [m, k] with distance ldx between rows.

@@ -44,7 +44,9 @@ void read_codes(const BlockQ5_1& b, size_t, Codes& out) {
   low_and_high(b.qs, out);
   fifth_bits(b.qh, out);
 }
-void read_codes(const BlockQ8_0& b, size_t, Codes& out) { std::memcpy(out.data(), b.qs, 32); }
+void read_codes(const BlockQ8_0& b, size_t, Codes& out) {
+  for (size_t j = 0; j < 32; ++j) out[j] = static_cast<uint8_t>(b.qs[j] + 128);
+}
 void read_codes(const BlockQ2K& b, size_t u, Codes& out) {
   for (size_t l = 0; l < 32; ++l) out[l] = (b.qs[32 * (u / 4) + l] >> (2 * (u % 4))) & 3;
 }
@@ -64,8 +66,8 @@ void read_codes(const BlockQ5K& b, size_t u, Codes& out) {
 void read_codes(const BlockQ6K& b, size_t u, Codes& out) {
   const size_t n = u / 4, t = u % 4;
   nibbles_of(b.ql + 64 * n + 32 * (t & 1), t >= 2, out);
-  for (size_t l = 0; l < 32; ++l) {  // minus 32, as two's complement of 6 bits
-    const int top = ((b.qh[32 * n + l] >> (2 * t)) & 3) ^ 2;
+  for (size_t l = 0; l < 32; ++l) {
+    const int top = (b.qh[32 * n + l] >> (2 * t)) & 3;
     out[l] = static_cast<uint8_t>(out[l] | top << 4);
   }
 }
@@ -84,41 +86,47 @@ void or_u32(uint8_t* p, size_t i, uint32_t bits) {
   std::memcpy(p + 4 * i, &v, sizeof v);
 }
 
-// `code(i)` is the code of pair i of one row and column parity.
-template <DType kType, typename Code>
-void write_lane(Code code, uint8_t* unit, size_t lane) {
+// The four codes of a quad in a word's order, one a byte; arithmetic on all four at once below
+// never carries from one byte into another.
+uint32_t quad_of(const Codes& codes, size_t q) {
+  const uint8_t* c = &codes[4 * q];
+  return c[0] | static_cast<uint32_t>(c[2]) << 8 | static_cast<uint32_t>(c[1]) << 16 |
+         static_cast<uint32_t>(c[3]) << 24;
+}
+
+template <DType kType>
+void write_row(const Codes& codes, uint8_t* unit, size_t r) {
+  const auto put = [&](size_t word, uint32_t bits) {
+    std::memcpy(unit + 64 * word + 4 * r, &bits, sizeof bits);
+  };
+  constexpr uint32_t kEach = 0x01010101;  // times n: n in every byte
   if constexpr (kType == DType::q8_0) {
-    for (size_t i = 0; i < 16; ++i) unit[32 * i + lane] = static_cast<uint8_t>(code(i));
+    for (size_t q = 0; q < 8; ++q) put(q, quad_of(codes, q));
   } else if constexpr (kType == DType::q2_k || kType == DType::q3_k) {
-    unsigned third = 0;
-    for (size_t v = 0; v < 2; ++v) {
-      unsigned low = 0;
-      for (size_t j = 0; j < 8; ++j) {
-        low |= (code(8 * v + j) & 3) << (2 * j);
-        const size_t c = 4 * v + j % 4;
-        third |= (code(8 * v + j) >> 2) << (((2 + c) & 7) + 8 * (j / 4));
-      }
-      put_u16(unit + 64 * v, lane, low);
+    uint32_t low[2] = {0, 0}, third = 0;
+    for (size_t q = 0; q < 8; ++q) {
+      const uint32_t quad = quad_of(codes, q);
+      low[q / 4] |= (quad & (3 * kEach)) << (2 * (q % 4));
+      third |= (quad >> 2 & kEach) << ((2 + q) & 7);
     }
-    if constexpr (kType == DType::q3_k) put_u16(unit + 128, lane, third);
+    put(0, low[0]);
+    put(1, low[1]);
+    if constexpr (kType == DType::q3_k) put(2, third);
   } else {
-    unsigned fifth = 0, top[2] = {0, 0};
+    uint32_t fifth = 0, top[2] = {0, 0};
     for (size_t z = 0; z < 4; ++z) {
-      unsigned low = 0;
-      for (size_t j = 0; j < 4; ++j) {
-        const unsigned value = code(4 * z + j), high = value >> 4;
-        const size_t odd = j & 1, byte = 8 * (j >> 1);
-        low |= (value & 15) << (4 * j);
-        fifth |= (high & 1) << (((4 + 2 * z + odd) & 7) + byte);
-        top[z / 2] |= high << (2 * (2 * (z & 1) + odd) + byte);
-      }
-      put_u16(unit + 64 * z, lane, low);
+      const uint32_t first = quad_of(codes, 2 * z), second = quad_of(codes, 2 * z + 1);
+      put(z, (first & (15 * kEach)) | (second & (15 * kEach)) << 4);
+      fifth |= (first >> 4 & kEach) << ((4 + 2 * z) & 7) | (second >> 4 & kEach)
+                                                               << ((5 + 2 * z) & 7);
+      top[z / 2] |= (first >> 4 & (3 * kEach)) << ((4 + 4 * z) & 7) | (second >> 4 & (3 * kEach))
+                                                                          << ((6 + 4 * z) & 7);
     }
     if constexpr (kType == DType::q5_0 || kType == DType::q5_1 || kType == DType::q5_k)
-      put_u16(unit + 256, lane, fifth);
+      put(4, fifth);
     if constexpr (kType == DType::q6_k) {
-      put_u16(unit + 256, lane, top[0]);
-      put_u16(unit + 320, lane, top[1]);
+      put(4, top[0]);
+      put(5, top[1]);
     }
   }
 }
@@ -189,9 +197,7 @@ void pack(const std::byte* rows, size_t count, size_t cols, uint8_t* panel) {
       for (size_t u = 0; u < Block::kElements / kUnitCols; ++u, unit += format.unit_bytes) {
         Codes codes;
         read_codes(block, u, codes);
-        for (size_t p = 0; p < 2; ++p)
-          write_lane<kType>([&](size_t pair) { return unsigned{codes[2 * pair + p]}; }, unit,
-                            2 * r + p);
+        write_row<kType>(codes, unit, r);
       }
     }
   }

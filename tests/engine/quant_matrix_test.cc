@@ -81,24 +81,32 @@ struct Activations {
   size_t m, k;
   std::vector<float> x;
   std::vector<int16_t> codes;
-  std::vector<float> sums16, sums32, scales;
+  std::vector<int8_t> digits;
+  std::vector<int32_t> sums16, sums32;
+  std::vector<float> scales;
 
   Activations(size_t rows, size_t cols, uint64_t seed)
       : m(rows),
         k(cols),
         x(random_floats(rows * cols, seed)),
         codes(rows * cols),
+        digits(rows * cols * 2),
         sums16(rows * cols / 16),
         sums32(rows * cols / 32),
         scales(rows) {
     for (size_t i = 0; i < m; ++i)
-      scales[i] = quant_kernels_scalar().quantize(&x[i * k], k, &codes[i * k], &sums16[i * k / 16],
-                                                  &sums32[i * k / 32]);
+      scales[i] = quant_kernels_scalar().quantize(&x[i * k], k, &codes[i * k], &digits[i * 2 * k],
+                                                  &sums16[i * k / 16], &sums32[i * k / 32]);
   }
   Tokens tokens(size_t block, size_t first, size_t count) const {
-    const float* sums = block == 16 ? sums16.data() : sums32.data();
-    return {codes.data() + first * k, k,    sums + first * (k / block), k / block,
-            scales.data() + first,    count};
+    const int32_t* sums = block == 16 ? sums16.data() : sums32.data();
+    return {codes.data() + first * k,
+            k,
+            digits.data() + first * 2 * k,
+            sums + first * (k / block),
+            k / block,
+            scales.data() + first,
+            count};
   }
 };
 
@@ -158,6 +166,22 @@ std::vector<float> by_stripes(const QuantKernels& kernels, const Packed& w, cons
   }
   return y;
 }
+
+// One row quantized by one level.
+struct Quantized {
+  std::vector<int16_t> codes;
+  std::vector<int8_t> digits;
+  std::vector<int32_t> sums16, sums32;
+  uint32_t scale_bits;
+
+  Quantized(const std::vector<float>& x, const QuantKernels& kernels)
+      : codes(x.size()), digits(2 * x.size()), sums16(x.size() / 16), sums32(x.size() / 32) {
+    scale_bits = std::bit_cast<uint32_t>(kernels.quantize(
+        x.data(), x.size(), codes.data(), digits.data(), sums16.data(), sums32.data()));
+  }
+  float scale() const { return std::bit_cast<float>(scale_bits); }
+  bool operator==(const Quantized&) const = default;
+};
 
 size_t cols_unit(DType type) { return traits(type).block; }
 
@@ -278,42 +302,35 @@ TEST_CASE("every level quantizes activations alike: ties, zeros, subnormals, inf
   rows.back()[3] = NAN;
   rows.emplace_back();
   for (size_t i = 0; i < k; ++i)  // codes that end in a half
-    rows.back().push_back(i == 0 ? 32767.0f : static_cast<float>(i) - 40.5f);
+    rows.back().push_back(i == 0 ? 32639.0f : static_cast<float>(i) - 40.5f);
   for (const auto& x : rows) {
-    std::vector<int16_t> codes(k), expected_codes(k);
-    std::vector<float> sums16(k / 16), sums32(k / 32), expected16(k / 16), expected32(k / 32);
-    const float expected = quant_kernels_scalar().quantize(x.data(), k, expected_codes.data(),
-                                                           expected16.data(), expected32.data());
+    Quantized expected(x, quant_kernels_scalar());
     for (const Isa level : levels()) {
       CAPTURE(name_of(level));
-      const float scale =
-          quant_kernels(level).quantize(x.data(), k, codes.data(), sums16.data(), sums32.data());
-      CHECK(std::bit_cast<uint32_t>(scale) == std::bit_cast<uint32_t>(expected));
-      CHECK(codes == expected_codes);
-      CHECK(same_bits(sums16, expected16));
-      CHECK(same_bits(sums32, expected32));
+      CHECK(Quantized(x, quant_kernels(level)) == expected);
     }
     float max = 0;
     for (const float v : x) max = std::max(max, std::abs(v));
-    if (!std::isfinite(expected) || expected == 0) continue;
-    CHECK(expected == max / 32767.0f);
+    const float scale = expected.scale();
+    if (!std::isfinite(scale) || scale == 0) continue;
+    CHECK(scale == max / 32639.0f);
     int sum = 0;
     for (size_t i = 0; i < k; ++i) {
-      // Half a code, and two roundings of a quotient up to 32767.
-      CHECK(std::abs(double{x[i]} / expected - expected_codes[i]) <= 0.5 + 32767 * 0x1p-22);
-      sum += expected_codes[i];
+      const int code = expected.codes[i];
+      // Half a code, and two roundings of a quotient up to 32639.
+      CHECK(std::abs(double{x[i]} / scale - code) <= 0.5 + 32639 * 0x1p-22);
+      const size_t place = i / 4 * 8 + (i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4);
+      CHECK(expected.digits[place] * 256 + expected.digits[place + 4] == code);
+      sum += code;
     }
-    CHECK(static_cast<float>(sum) == expected32[0] + expected32[1] + expected32[2]);
+    CHECK(sum == expected.sums32[0] + expected.sums32[1] + expected.sums32[2]);
   }
-  std::vector<float>& ties = rows.back();
-  std::vector<int16_t> codes(k);
-  std::vector<float> sums16(k / 16), sums32(k / 32);
-  CHECK(quant_kernels_scalar().quantize(ties.data(), k, codes.data(), sums16.data(),
-                                        sums32.data()) == 1.0f);
-  CHECK(codes[40] == 0);   // -0.5
-  CHECK(codes[41] == 0);   // 0.5
-  CHECK(codes[42] == 2);   // 1.5
-  CHECK(codes[39] == -2);  // -1.5
+  const Quantized ties(rows.back(), quant_kernels_scalar());
+  CHECK(ties.scale() == 1.0f);
+  CHECK(ties.codes[40] == 0);   // -0.5
+  CHECK(ties.codes[41] == 0);   // 0.5
+  CHECK(ties.codes[42] == 2);   // 1.5
+  CHECK(ties.codes[39] == -2);  // -1.5
 }
 
 TEST_CASE("a product has the same bits for any number of threads, rows beside it and products") {
