@@ -353,6 +353,11 @@ MORU_INLINE void end_block(Dots<kTokens>& dots, __m512 scale, __m512 min, const 
   clear(dots);
 }
 
+// How far ahead of the codes to prefetch into L2, and how: the processor's own prefetchers do not
+// keep up with a loop that does this much between two lines (one thread, Q4_0: 12 GB/s without, 28
+// with it). Panels follow each other, so what lies ahead is the next panels' scales and codes.
+constexpr size_t kAheadBytes = 12 << 10;
+
 template <typename C, typename S, int kTokens>
 void direct_tokens(const Panels& panels, const Tokens& tokens, const Target& y) noexcept {
   constexpr size_t kUnits = S::kBlock * S::kBlocks / kUnitCols;  // of a scale record
@@ -360,6 +365,7 @@ void direct_tokens(const Panels& panels, const Tokens& tokens, const Target& y) 
   for (size_t row = 0; row < panels.rows; row += kPanelRows) {
     const uint8_t* record = panels.data + row / kPanelRows * panels.panel_bytes;
     const uint8_t* unit = record + panels.codes_at;
+    const uint8_t* ahead = record + kAheadBytes;
     const int32_t* sums = tokens.sums;
     const int8_t* x = tokens.digits;
     __m512 acc[kTokens];
@@ -371,6 +377,10 @@ void direct_tokens(const Panels& panels, const Tokens& tokens, const Target& y) 
       S::decode(record, scale, min);
 #pragma GCC unroll 1
       for (size_t u = 0; u < kUnits; ++u, unit += C::kUnitBytes, x += 2 * kUnitCols) {
+        constexpr size_t kShare = C::kUnitBytes + S::kBytes / kUnits;
+        for (size_t line = 0; line < kShare; line += 64)
+          _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T1);
+        ahead += kShare;
         add_quads<C, 0>(unit, x, stride, dots);
         if constexpr (S::kBlock == 16)
           end_block<C, S>(dots, scale[2 * u], min[2 * u], sums++, sums_stride, acc);

@@ -7,12 +7,13 @@
 // instruction set. quant_kernels.h defines the product to the bit.
 //
 // Weights are repacked without loss at load: sixteen rows are interleaved, so that a vector holds
-// sixteen rows' codes and no horizontal sum is needed.
+// sixteen rows' codes and no horizontal sum is needed. Matrices that are packed one after the other
+// lie one after the other in huge pages, so pack them in the order in which they will be used.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
-#include <vector>
 
 #include "base/memory.h"
 #include "base/threads.h"
@@ -49,7 +50,7 @@ class QuantizedRows {
 // x: [m, k] with distance ldx between rows.
 void quantize_rows(Pool& pool, const float* x, size_t ldx, size_t m, size_t k, QuantizedRows& out);
 
-// A weight [rows, cols] of a quantized type; y = x · Wᵀ. Movable.
+// A weight [rows, cols] of a quantized type; y = x · Wᵀ. Immutable: copies share its memory.
 class QuantMatrix {
  public:
   // `data` is the tensor as a GGUF stores it, rows · cols elements; cols a multiple of the type's
@@ -60,7 +61,7 @@ class QuantMatrix {
   DType type() const { return type_; }
   size_t rows() const { return rows_; }
   size_t cols() const { return cols_; }
-  size_t bytes() const { return memory_.bytes(); }
+  size_t bytes() const { return bytes_; }  // of memory
 
   // out: [count, cols], the f32 values of rows [first, first + count), the same bits as
   // dequantize() of the tensor. For embeddings, and for the float profile's panels.
@@ -69,8 +70,8 @@ class QuantMatrix {
  private:
   friend struct QuantMatrixView;
   DType type_{};
-  size_t rows_ = 0, cols_ = 0, panel_bytes_ = 0, codes_at_ = 0;
-  PageBuffer memory_;
+  size_t rows_ = 0, cols_ = 0, bytes_ = 0, panel_bytes_ = 0, codes_at_ = 0;
+  std::shared_ptr<uint8_t> panels_;  // into a slab that matrices share
 };
 
 enum class Store {
