@@ -24,7 +24,8 @@ class Tokenizer {
  public:
   // Errors: bad_input, unsupported (an unknown pre-tokenizer or model, by name).
   static Tokenizer from_gguf(const GgufMetadata& metadata);
-  // Reads tokenizer.json, tokenizer_config.json (add_bos_token …) where present.
+  // Reads tokenizer.json, and tokenizer_config.json (add_bos_token …), special_tokens_map.json and
+  // generation_config.json (further stop ids) where present.
   static Tokenizer from_folder(const std::filesystem::path& folder);
   static Tokenizer from_json(std::string where, std::string_view tokenizer_json);
   ~Tokenizer();
@@ -38,10 +39,10 @@ class Tokenizer {
   // Ids of `text` without BOS or EOS. Invalid UTF-8 is taken as U+FFFD as `tokenizers` does.
   std::vector<TokenId> encode(std::string_view text, Specials specials = Specials::parse) const;
 
-  // Text of the ids; control tokens are left out unless `with_specials`. May end inside a
-  // character: streams use TextStream.
+  // Text of the ids; control tokens and the unknown token are left out unless `with_specials`. May
+  // end inside a character: streams use TextStream.
   std::string decode(std::span<const TokenId> ids, bool with_specials = false) const;
-  // Bytes of one token as they appear in text ("" for control tokens).
+  // Bytes of one token as they appear in text ("" for those that decode leaves out).
   std::string bytes_of(TokenId id) const;
   // The token as the vocabulary spells it: "Ġthe", "▁the", "<0x0A>".
   std::string_view piece(TokenId id) const;
@@ -58,8 +59,10 @@ class Tokenizer {
   // (<|im_end|>, <|eot_id|>, <end_of_turn>, <|endofturn|>, <|end|> …).
   std::vector<TokenId> stop_ids() const;
 
-  // Metadata pairs (tokenizer.ggml.*) that a GGUF of this tokenizer needs.
-  std::vector<GgufPair> gguf_metadata() const;
+  // Metadata pairs (tokenizer.ggml.*) that a GGUF of this tokenizer needs: those of the GGUF it
+  // came from, or made anew; padded with unused tokens to `rows`, the rows of the embedding.
+  // Error unsupported: GGUF has no name for the way this tokenizer splits or normalizes text.
+  std::vector<GgufPair> gguf_metadata(size_t rows = 0) const;
 
   struct Data;  // tokenizer.cc
 

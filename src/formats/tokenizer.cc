@@ -1,0 +1,269 @@
+#include "formats/tokenizer.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+
+#include "base/error.h"
+#include "base/text.h"
+#include "formats/tokenizer_data.h"
+
+namespace moru {
+namespace {
+
+// Words are counted in 32 bits, and a normalizer may lengthen a text.
+constexpr size_t kMaxTextBytes = size_t{1} << 28;
+
+// Control tokens that end an answer, as the families spell them.
+constexpr std::array<std::string_view, 22> kStopPieces = {"<|im_end|>",
+                                                          "<|eot_id|>",
+                                                          "<|eom_id|>",
+                                                          "<end_of_turn>",
+                                                          "<|endofturn|>",
+                                                          "[|endofturn|]",
+                                                          "<|end|>",
+                                                          "<|return|>",
+                                                          "<|call|>",
+                                                          "<|stop|>",
+                                                          "<|eot|>",
+                                                          "<|eos|>",
+                                                          "<|endoftext|>",
+                                                          "<|end_of_text|>",
+                                                          "<|END_OF_TURN_TOKEN|>",
+                                                          "<｜end▁of▁sentence｜>",
+                                                          "</s>",
+                                                          "<eos>",
+                                                          "<EOT>",
+                                                          "[EOT]",
+                                                          "<turn|>",
+                                                          "<|eot_token|>"};
+
+// A Scratch from the pool, returned when the encoder is done.
+class Borrowed {
+ public:
+  explicit Borrowed(const Tokenizer::Data& data) : data_(data) {
+    {
+      const std::lock_guard lock(data_.pool_mutex);
+      if (!data_.pool.empty()) {
+        scratch_ = std::move(data_.pool.back());
+        data_.pool.pop_back();
+      }
+    }
+    if (!scratch_) scratch_ = std::make_unique<Bpe::Scratch>();
+  }
+  ~Borrowed() {
+    const std::lock_guard lock(data_.pool_mutex);
+    data_.pool.push_back(std::move(scratch_));
+  }
+  Borrowed(const Borrowed&) = delete;
+  Borrowed& operator=(const Borrowed&) = delete;
+  Bpe::Scratch& operator*() const { return *scratch_; }
+
+ private:
+  const Tokenizer::Data& data_;
+  std::unique_ptr<Bpe::Scratch> scratch_;
+};
+
+}  // namespace
+
+bool looks_like_control(std::string_view piece) {
+  const auto framed = [&](std::string_view left, std::string_view right) {
+    return piece.size() > left.size() + right.size() && piece.starts_with(left) &&
+           piece.ends_with(right);
+  };
+  return piece == "<pad>" || piece == "<mask>" || framed("<|", "|>") || framed("<｜", "｜>") ||
+         framed("<unused", ">");
+}
+
+std::optional<uint8_t> byte_of_piece(std::string_view piece) {
+  if (piece.size() != 6 || !piece.starts_with("<0x") || piece[5] != '>') return std::nullopt;
+  unsigned value = 0;
+  for (const char c : piece.substr(3, 2)) {
+    if (c >= '0' && c <= '9')
+      value = value * 16 + static_cast<unsigned>(c - '0');
+    else if (c >= 'A' && c <= 'F')
+      value = value * 16 + static_cast<unsigned>(c - 'A' + 10);
+    else
+      return std::nullopt;
+  }
+  return static_cast<uint8_t>(value);
+}
+
+void replace_all(std::string& text, std::string_view from, std::string_view to) {
+  for (size_t at = 0; (at = text.find(from, at)) != std::string::npos; at += to.size())
+    text.replace(at, from.size(), to);
+}
+
+void Tokenizer::Data::refuse(std::string_view field, std::string what, std::string cure) const {
+  throw Error(ErrorKind::bad_input, {.where = fmt::format("{}: {}", where, field),
+                                     .what = std::move(what),
+                                     .cure = std::move(cure)});
+}
+
+void Tokenizer::Data::unsupported(std::string_view field, std::string what,
+                                  std::string cure) const {
+  throw Error(ErrorKind::unsupported, {.where = fmt::format("{}: {}", where, field),
+                                       .what = std::move(what),
+                                       .cure = std::move(cure)});
+}
+
+void Tokenizer::Data::finish() {
+  const size_t count = pieces.size();
+  types.resize(count, TokenType::normal);
+  bpe.reserved.resize(count);
+  for (size_t i = 0; i < count; ++i)
+    bpe.reserved[i] = types[i] == TokenType::control || types[i] == TokenType::unknown;
+  bpe.prepare(pieces);
+
+  std::vector<const std::string*> raw(count, nullptr);
+  for (const auto& [id, text] : raw_texts) raw[static_cast<size_t>(id)] = &text;
+  const bool bytes = bpe.options.alphabet == Bpe::Alphabet::bytes;
+  std::string one;
+  text_places.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    std::string_view spelled = pieces[static_cast<TokenId>(i)];
+    one.clear();
+    if (types[i] == TokenType::byte) {
+      one.push_back(static_cast<char>(byte_of_piece(spelled).value()));
+    } else if (raw[i] != nullptr || !bytes) {
+      one = raw[i] != nullptr ? *raw[i] : std::string(spelled);
+      for (const auto& [from, to] : decode_replacements) replace_all(one, from, to);
+    } else {
+      const std::string_view whole = spelled;
+      while (!spelled.empty()) {
+        const Character letter = first_character(spelled);
+        const auto byte = byte_of_letter(letter.code);
+        if (!byte) {  // not spelled in letters for bytes after all
+          one = whole;
+          break;
+        }
+        one.push_back(static_cast<char>(*byte));
+        spelled.remove_prefix(letter.bytes);
+      }
+    }
+    text_places.emplace_back(texts.size(), static_cast<uint32_t>(one.size()));
+    texts += one;
+  }
+  raw_texts.clear();
+  raw_texts.shrink_to_fit();
+}
+
+Tokenizer::Tokenizer(std::unique_ptr<Data> data) : data_(std::move(data)) {}
+Tokenizer::~Tokenizer() = default;
+Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
+Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
+
+std::vector<TokenId> Tokenizer::encode(std::string_view text, Specials specials) const {
+  const Data& d = *data_;
+  if (text.size() > kMaxTextBytes)
+    throw Error(ErrorKind::bad_input, {.where = "text",
+                                       .what = fmt::format("is {} bytes long", text.size()),
+                                       .cure = "split it into parts below 256 MiB"});
+  std::string repaired;
+  if (find_invalid_utf8(text)) text = repaired = repair_utf8(text);
+
+  const Borrowed scratch(d);
+  const bool controls = specials == Specials::parse;
+  std::vector<TokenId> ids;
+  ids.reserve(text.size() / 4 + 8);
+  const auto take = [&](TokenId id) { ids.push_back(id); };
+  d.raw_added.split(
+      text, controls,
+      [&](std::string_view raw) {
+        std::string normal;
+        const bool starts_text = raw.data() == text.data();
+        std::string_view piece = raw;
+        if (!d.normalizer.empty()) piece = normal = d.normalizer.run(raw);
+        d.normalized_added.split(
+            piece, controls,
+            [&](std::string_view words) {
+              d.pre_tokenizer.split(
+                  words, starts_text && words.data() == piece.data(),
+                  [&](std::string_view word) { d.bpe.encode(word, *scratch, ids); });
+            },
+            take);
+      },
+      take);
+  return ids;
+}
+
+std::string Tokenizer::decode(std::span<const TokenId> ids, bool with_specials) const {
+  const Data& d = *data_;
+  std::string text;
+  for (const TokenId id : ids) {
+    if (!d.in_range(id)) continue;
+    if (!with_specials && d.is_hidden(id)) continue;
+    text += d.text(id);
+  }
+  if (d.strips_first_space && text.starts_with(' ')) text.erase(0, 1);
+  return text;
+}
+
+std::string Tokenizer::bytes_of(TokenId id) const {
+  if (!data_->in_range(id) || data_->is_hidden(id)) return "";
+  return std::string(data_->text(id));
+}
+
+std::string_view Tokenizer::piece(TokenId id) const {
+  return data_->in_range(id) ? data_->pieces[id] : std::string_view();
+}
+
+std::optional<TokenId> Tokenizer::id_of(std::string_view piece) const {
+  const TokenId id = data_->pieces.find(piece);
+  if (id == kNoToken) return std::nullopt;
+  return id;
+}
+
+size_t Tokenizer::vocab_size() const { return data_->pieces.size(); }
+bool Tokenizer::is_control(TokenId id) const {
+  return data_->in_range(id) && data_->type(id) == TokenType::control;
+}
+std::optional<TokenId> Tokenizer::bos() const { return data_->bos; }
+std::optional<TokenId> Tokenizer::eos() const { return data_->eos; }
+std::optional<TokenId> Tokenizer::pad() const { return data_->pad; }
+bool Tokenizer::adds_bos() const { return data_->adds_bos && data_->bos; }
+bool Tokenizer::adds_eos() const { return data_->adds_eos && data_->eos; }
+
+std::vector<TokenId> Tokenizer::stop_ids() const {
+  std::vector<TokenId> ids = data_->more_stops;
+  if (data_->eos) ids.push_back(*data_->eos);
+  for (const std::string_view piece : kStopPieces)
+    if (const auto id = id_of(piece); id && is_control(*id)) ids.push_back(*id);
+  // Harmony ends a message with <|end|>, and an answer, of several messages, with <|return|>.
+  if (const auto end = id_of("<|end|>"); end && id_of("<|return|>") && id_of("<|call|>"))
+    std::erase(ids, *end);
+  std::sort(ids.begin(), ids.end());
+  ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+  return ids;
+}
+
+std::string TextStream::push(TokenId id) {
+  std::string text = tokenizer_->bytes_of(id);
+  if (text.empty()) return "";
+  // The first token with text loses its leading space where decoding strips it.
+  if (first_) text = tokenizer_->decode(std::span(&id, 1));
+  first_ = false;
+  held_ += text;
+  std::string whole;
+  size_t at = 0;
+  while (at < held_.size()) {
+    const CodePoint c = code_point_at(held_, at);
+    // The start of a character at the end of what is known may yet be completed.
+    const auto lead = static_cast<uint8_t>(held_[at]);
+    if (!c.well_formed && at + c.bytes == held_.size() && lead >= 0xc2 && lead <= 0xf4) break;
+    append_utf8(whole, c.value);
+    at += c.bytes;
+  }
+  held_.erase(0, at);
+  return whole;
+}
+
+std::string TextStream::finish() {
+  std::string rest = repair_utf8(held_);
+  held_.clear();
+  first_ = true;
+  return rest;
+}
+
+}  // namespace moru

@@ -1,0 +1,170 @@
+#include "formats/unicode.h"
+
+#include <utf8proc.h>
+
+#include <array>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "base/error.h"
+#include "base/text.h"
+
+namespace moru {
+namespace {
+
+constexpr char32_t kLastCode = 0x10ffff;
+
+bool is_white_space(char32_t c) {
+  return (c >= 9 && c <= 13) || c == 0x20 || c == 0x85 || c == 0xa0 || c == 0x1680 ||
+         (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f ||
+         c == 0x3000;
+}
+
+// Alphabetic without being a letter, mark or letter number: the circled and squared letters.
+bool is_letter_like_symbol(char32_t c) {
+  return (c >= 0x24b6 && c <= 0x24e9) || (c >= 0x1f130 && c <= 0x1f149) ||
+         (c >= 0x1f150 && c <= 0x1f169) || (c >= 0x1f170 && c <= 0x1f189);
+}
+
+uint16_t compute_class(char32_t code) {
+  unsigned bits = 0;
+  switch (utf8proc_category(static_cast<utf8proc_int32_t>(code))) {
+    case UTF8PROC_CATEGORY_LU:
+    case UTF8PROC_CATEGORY_LT:
+      bits = kLetter | kUpperLike | kWord;
+      break;
+    case UTF8PROC_CATEGORY_LL:
+      bits = kLetter | kLowerLike | kWord;
+      break;
+    case UTF8PROC_CATEGORY_LM:
+    case UTF8PROC_CATEGORY_LO:
+      bits = kLetter | kUpperLike | kLowerLike | kWord;
+      break;
+    case UTF8PROC_CATEGORY_MN:
+    case UTF8PROC_CATEGORY_MC:
+    case UTF8PROC_CATEGORY_ME:
+      bits = kMark | kUpperLike | kLowerLike | kWord;
+      break;
+    case UTF8PROC_CATEGORY_ND:
+    case UTF8PROC_CATEGORY_NL:
+      bits = kNumber | kWord;
+      break;
+    case UTF8PROC_CATEGORY_NO:
+      bits = kNumber;
+      break;
+    case UTF8PROC_CATEGORY_PC:
+      bits = kPunctuation | kWord;
+      break;
+    case UTF8PROC_CATEGORY_PD:
+    case UTF8PROC_CATEGORY_PS:
+    case UTF8PROC_CATEGORY_PE:
+    case UTF8PROC_CATEGORY_PI:
+    case UTF8PROC_CATEGORY_PF:
+    case UTF8PROC_CATEGORY_PO:
+      bits = kPunctuation;
+      break;
+    case UTF8PROC_CATEGORY_SM:
+    case UTF8PROC_CATEGORY_SC:
+    case UTF8PROC_CATEGORY_SK:
+    case UTF8PROC_CATEGORY_SO:
+      bits = kSymbol;
+      break;
+    default:
+      break;
+  }
+  if (is_letter_like_symbol(code)) bits |= kWord;
+  if (is_white_space(code)) bits |= kSpace;
+  if (code == '\r' || code == '\n') bits |= kNewline;
+  return static_cast<uint16_t>(bits);
+}
+
+// Two-stage table: equal pages of 256 code points are stored once, about 60 KB in all.
+class ClassTable {
+ public:
+  ClassTable() {
+    std::array<uint16_t, 256> page;
+    for (char32_t number = 0; number <= kLastCode >> 8; ++number) {
+      for (char32_t i = 0; i < 256; ++i) page[i] = compute_class(number << 8 | i);
+      size_t same = 0;
+      // Only the newest pages are compared: equal ones stand together (CJK, Hangul, unassigned).
+      const size_t oldest = pages_.size() > 4 ? pages_.size() - 4 : 0;
+      for (same = oldest; same < pages_.size() && pages_[same] != page; ++same) {
+      }
+      if (same == pages_.size()) pages_.push_back(page);
+      index_[number] = static_cast<uint16_t>(same);
+    }
+  }
+  uint16_t operator[](char32_t code) const {
+    return code > kLastCode ? uint16_t{0} : pages_[index_[code >> 8]][code & 255];
+  }
+
+ private:
+  std::array<uint16_t, (kLastCode >> 8) + 1> index_;
+  std::vector<std::array<uint16_t, 256>> pages_;
+};
+
+// Whether NFC leaves `text` alone, by ranges that hold no decomposable, composing or combining
+// character: most text passes and is spared the slow way.
+bool is_surely_nfc(std::string_view text) {
+  while (!text.empty()) {
+    const Character c = first_character(text);
+    const bool safe =
+        c.code < 0x300 || (c.code >= 0xac00 && c.code <= 0xd7a3) ||
+        (c.code >= 0x4e00 && c.code <= 0x9fff) || (c.code >= 0x3041 && c.code <= 0x3096) ||
+        (c.code >= 0x309b && c.code <= 0x30ff) || (c.code >= 0x3001 && c.code <= 0x3029) ||
+        (c.code >= 0x2010 && c.code <= 0x2027) || (c.code >= 0x1f300 && c.code <= 0x1faff) ||
+        (c.code >= 0xff01 && c.code <= 0xffee) || (c.code >= 0x400 && c.code <= 0x482);
+    if (!safe) return false;
+    text.remove_prefix(c.bytes);
+  }
+  return true;
+}
+
+// Characters with a compatibility decomposition that Unicode gained after the tables that
+// `tokenizers` normalizes by (Unicode 9 to 11): it leaves them alone, and so must we.
+bool is_newer_than_tokenizers(char32_t c) {
+  return c == 0x32ff || (c >= 0xa7f2 && c <= 0xa7f4) || c == 0xab69 ||
+         (c >= 0x10781 && c <= 0x107ba) || c == 0x1f16c || (c >= 0x1fbf0 && c <= 0x1fbf9);
+}
+
+std::string by_utf8proc(std::string_view text, int options) {
+  utf8proc_uint8_t* result = nullptr;
+  const utf8proc_ssize_t length =
+      utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
+                   static_cast<utf8proc_ssize_t>(text.size()), &result,
+                   static_cast<utf8proc_option_t>(UTF8PROC_STABLE | options));
+  if (length == UTF8PROC_ERROR_NOMEM) throw std::bad_alloc();
+  MORU_CHECK(length >= 0);  // the text is valid UTF-8
+  const std::unique_ptr<utf8proc_uint8_t, decltype(&std::free)> owner(result, &std::free);
+  return {reinterpret_cast<const char*>(result), static_cast<size_t>(length)};
+}
+
+}  // namespace
+
+uint16_t class_of(char32_t code) {
+  static const ClassTable table;
+  return table[code];
+}
+
+std::string normalize(std::string_view text, NormalForm form) {
+  if (form == NormalForm::nfc) return is_surely_nfc(text) ? std::string(text) : nfc(text);
+  if (form == NormalForm::nfd) return by_utf8proc(text, UTF8PROC_DECOMPOSE);
+  const int options =
+      UTF8PROC_COMPAT | (form == NormalForm::nfkc ? UTF8PROC_COMPOSE : UTF8PROC_DECOMPOSE);
+  std::string out;
+  size_t done = 0;
+  for (size_t at = 0; at < text.size();) {
+    const Character c = first_character(text.substr(at));
+    if (is_newer_than_tokenizers(c.code)) {
+      out += by_utf8proc(text.substr(done, at - done), options);
+      out += text.substr(at, c.bytes);
+      done = at + c.bytes;
+    }
+    at += c.bytes;
+  }
+  return out + by_utf8proc(text.substr(done), options);
+}
+
+}  // namespace moru
