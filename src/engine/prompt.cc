@@ -109,6 +109,41 @@ std::vector<TokenId> encode_chat(const ModelFiles& files, const ChatTemplate::In
   return ids;
 }
 
+std::string render_plain_prompt(std::string_view plain_template, const Json& messages) {
+  constexpr std::string_view kPrompt = "{prompt}", kCompletion = "{completion}";
+  const size_t end = plain_template.find(kCompletion);
+  if (end == std::string_view::npos)
+    throw Error(ErrorKind::usage,
+                {.where = "--template",
+                 .what = fmt::format("\"{}\" has no {}", plain_template, kCompletion),
+                 .cure = "for example \"{prompt}\\n{completion}\""});
+  std::string contents;
+  for (const Json& message : messages) {
+    const auto content = message.find("content");
+    if (content == message.end() || !content->is_string())
+      throw Error(ErrorKind::bad_input, {.where = "messages",
+                                         .what = "a message has no text",
+                                         .cure = "a plain template takes texts alone"});
+    if (!contents.empty()) contents += "\n";
+    contents += content->get_ref<const std::string&>();
+  }
+  std::string text(plain_template.substr(0, end));
+  const size_t at = text.find(kPrompt);
+  return at == std::string::npos ? text : text.replace(at, kPrompt.size(), contents);
+}
+
+std::vector<TokenId> encode_prompt(const ModelFiles& files, const PromptStyle& style,
+                                   Json messages) {
+  const bool has_system = !messages.empty() && messages.front().value("role", "") == "system";
+  if (!style.system.empty() && !has_system)
+    messages.insert(messages.begin(), {{"role", "system"}, {"content", style.system}});
+  if (style.plain_template.empty() && files.chat_template)
+    return encode_chat(files, {.messages = std::move(messages), .add_generation_prompt = true});
+  return encode_text(files, render_plain_prompt(style.plain_template.empty() ? kPlainTemplate
+                                                                             : style.plain_template,
+                                                messages));
+}
+
 std::vector<TokenId> encode_text(const ModelFiles& files, std::string_view text) {
   std::vector<TokenId> ids = files.tokenizer.encode(text);
   put_bos_once(files.tokenizer, ids);
