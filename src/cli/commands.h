@@ -9,6 +9,7 @@ namespace moru {
 
 void add_bench(CLI::App& app);
 void add_info(CLI::App& app);
+void add_prove(CLI::App& app);
 void add_run(CLI::App& app);
 
 }  // namespace moru

@@ -31,6 +31,7 @@ int main(int argc, char** argv) {
   moru::add_run(app);
   moru::add_info(app);
   moru::add_bench(app);
+  moru::add_prove(app);
   try {
     app.parse(argc, argv);
     return 0;

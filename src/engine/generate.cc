@@ -262,6 +262,7 @@ void Generator::cancel(uint64_t request) {
   state_->requests.remove_if([&](const Active& a) { return a.number == request; });
 }
 
+void Generator::forget() { state_->remembered.clear(); }
 bool Generator::busy() const { return !state_->requests.empty(); }
 
 void Generator::step(const std::function<void(const GenerationEvent&)>& emit) {

@@ -58,6 +58,8 @@ class Generator {
   // Drops a request; no further event comes. Unknown numbers are ignored.
   void cancel(uint64_t request);
   bool busy() const;
+  // Gives back the cache that ended sequences hold for prompts that begin alike.
+  void forget();
   // One step of the engine. Events are given in the order of submission.
   void step(const std::function<void(const GenerationEvent&)>& emit);
 

@@ -52,7 +52,8 @@ Answerer make_answerer(std::string name, std::string model_sha256, Engine& engin
                          .cut = result.finish == Finish::length});
     return replies;
   };
-  answerer.score = [&engine, &files, style](QuestionBatch questions) {
+  answerer.score = [generator, &engine, &files, style](QuestionBatch questions) {
+    generator->forget();
     std::vector<ChoiceReply> replies;
     for (const Question* question : questions) {
       const std::vector<TokenId> prompt = encode_prompt(files, style, question->messages);
