@@ -15,12 +15,6 @@ namespace {
 constexpr size_t kMaxPrepared = 32768;  // positions prepared for unless more are asked for
 constexpr size_t kRowsPerItem = 64;     // of a matrix that one thread converts at a time
 
-// Where row `row` of q or k stands in a file that keeps rotary pairs next to each other.
-size_t interleaved_row(size_t row, size_t head_dim) {
-  const size_t head = row / head_dim, within = row % head_dim, half = head_dim / 2;
-  return head * head_dim + 2 * (within % half) + within / half;
-}
-
 struct Loader {
   Pool& pool;
   const ModelFiles& files;

@@ -135,6 +135,11 @@ ModelFiles open_folder(const fs::path& folder) {
 
 }  // namespace
 
+size_t interleaved_row(size_t row, size_t head_dim) {
+  const size_t head = row / head_dim, within = row % head_dim, half = head_dim / 2;
+  return head * head_dim + 2 * (within % half) + within / half;
+}
+
 const Tensor* ModelFiles::find(std::string_view name) const {
   const auto found =
       std::find_if(tensors.begin(), tensors.end(), [&](const Tensor& t) { return t.name == name; });

@@ -36,6 +36,10 @@ struct ModelFiles {
   std::optional<SafetensorsFolder> folder;
 };
 
+// Where row `row` of q or k, in half-split order, stands in a file that keeps rotary pairs next to
+// each other.
+size_t interleaved_row(size_t row, size_t head_dim);
+
 // Errors: not_found, bad_input, unsupported (a family or flag, by name and value).
 ModelFiles open_model(const std::filesystem::path& path);
 
