@@ -26,6 +26,7 @@ struct Model {
 };
 constexpr Model kModels[] = {{"SmolLM2-135M", 9, 3, 64},
                              {"Gemma-3-270M", 4, 1, 256},
+                             {"Qwen2.5-0.5B", 14, 2, 64},
                              {"Qwen3-0.6B", 16, 8, 128},
                              {"Llama-3.2-1B", 32, 8, 64}};
 

@@ -10,13 +10,10 @@
 // So neither the rows that share an item nor the split changes a row's bits.
 #include "engine/attention.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <vector>
 
 #include "base/error.h"
@@ -200,6 +197,7 @@ void attend_item(const CachedCall& call, const CachedItem& item) {
                     .keys = nullptr,
                     .values = nullptr,
                     .ldv = dim,
+                    .next = nullptr,
                     .first = room.first,
                     .end = room.end,
                     .scores = room.scores,
@@ -219,6 +217,9 @@ void attend_item(const CachedCall& call, const CachedItem& item) {
     }
     block.keys = keys;
     block.values = values;
+    block.next = b + 1 < item.block_end
+                     ? call.cache.keys(pages[page + kPagesPerBlock], call.layer, item.kv_head)
+                     : keys[0];
     set_seen(call, item, b, room);
     if (item.part != nullptr) {  // one block
       block.max = item.part;
@@ -392,6 +393,7 @@ void attend_packed_item(const PackedCall& call, const PackedItem& item) {
                               .keys = key_pages,
                               .values = value_pages,
                               .ldv = call.ldkv,
+                              .next = nullptr,
                               .first = room.first,
                               .end = room.end,
                               .scores = room.scores,

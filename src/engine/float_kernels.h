@@ -33,6 +33,7 @@ struct AttendBlock {
   const void* const* keys;    // [pages]: each [head_dim][64 keys]
   const void* const* values;  // [pages]: each [64][head_dim], ldv apart
   size_t ldv;
+  const void* next;             // what is read after this block, to be prefetched
   const uint32_t *first, *end;  // [rows]: the keys of the block that a row sees; none if equal
   float* scores;                // scratch [rows, kKeyBlock]
   float* page;                  // scratch [64 · head_dim]: a page widened to f32

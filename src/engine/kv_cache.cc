@@ -8,14 +8,12 @@
 // (16 KB for 64 of f16), which is what attention reads at a time.
 #include "engine/kv_cache.h"
 
-#include <fmt/format.h>
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstring>
 #include <utility>
 
 #include "base/error.h"
+#include "base/memory.h"
 #include "engine/float_kernels.h"
 
 namespace moru {
@@ -27,14 +25,10 @@ struct KvCache::State {
   size_t word = 2;        // bytes
   size_t head_bytes = 0;  // K or V of one head in one page
   size_t page_bytes = 0;
+  PageBuffer buffer;  // untouched pages cost nothing yet
   std::byte* memory = nullptr;
-  size_t memory_bytes = 0;
   std::vector<uint32_t> free;   // the next page to hand out is the last
   std::vector<uint32_t> users;  // sequences per page
-
-  ~State() {
-    if (memory != nullptr) ::munmap(memory, memory_bytes);
-  }
 
   std::byte* keys(uint32_t page, size_t layer, size_t kv_head) const {
     return memory + page * page_bytes + (layer * shape.kv_heads + kv_head) * 2 * head_bytes;
@@ -84,17 +78,8 @@ KvCache::KvCache(const KvShape& shape, size_t pages) : state_(std::make_unique<S
   s.word = shape.type == KvType::f16 ? 2 : 4;
   s.head_bytes = kPageTokens * shape.head_dim * s.word;
   s.page_bytes = page_bytes(shape);
-  s.memory_bytes = pages * s.page_bytes;
-  // Untouched pages cost nothing yet; the operating system hands them out zeroed.
-  void* memory =
-      ::mmap(nullptr, s.memory_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED)
-    throw Error(ErrorKind::no_space,
-                {.where = "KV cache",
-                 .what = fmt::format("no memory for {} pages of {} bytes", pages, s.page_bytes),
-                 .cure = "use a shorter context or fewer sequences"});
-  s.memory = static_cast<std::byte*>(memory);
-  ::madvise(s.memory, s.memory_bytes, MADV_HUGEPAGE);  // a wish: small pages work too
+  s.buffer = PageBuffer(pages * s.page_bytes);
+  s.memory = static_cast<std::byte*>(s.buffer.data());
   s.users.assign(pages, 0);
   s.free.resize(pages);
   for (size_t i = 0; i < pages; ++i) s.free[i] = static_cast<uint32_t>(pages - 1 - i);

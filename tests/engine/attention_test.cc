@@ -485,6 +485,7 @@ TEST_CASE("every level of the instruction set gives the bits of the scalar defin
           block.pages = 3;
           block.keys = keys;
           block.values = values;
+          block.next = keys[0];
           block.first = first.data();
           block.end = end.data();
           block.scores = scores.data();
