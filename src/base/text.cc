@@ -48,13 +48,8 @@ size_t ascii_run(std::string_view text, size_t at) {
 constexpr char32_t kEmojiVariation = 0xFE0F;
 
 bool is_regional_indicator(char32_t c) { return c >= 0x1F1E6 && c <= 0x1F1FF; }
-// Vowels and final consonants of a syllable that is written as jamo: they join the wide initial.
-bool is_joining_jamo(char32_t c) {
-  return (c >= 0x1160 && c <= 0x11FF) || (c >= 0xD7B0 && c <= 0xD7FB);
-}
 
 size_t width_of(char32_t c) {
-  if (is_joining_jamo(c)) return 0;
   return static_cast<size_t>(std::max(0, utf8proc_charwidth(static_cast<utf8proc_int32_t>(c))));
 }
 

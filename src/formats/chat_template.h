@@ -1,9 +1,12 @@
-// Chat templates: an interpreter for the part of Jinja2 that models' templates use, rendering what
-// transformers' apply_chat_template renders, to the byte.
+// Chat templates: an interpreter for Jinja2 as models' templates use it, rendering what
+// transformers' apply_chat_template renders, to the byte. The parts are in jinja/: lexer, parser,
+// values, interpreter, filters, tests, methods.
 #pragma once
+#include <cstdint>
 #include <map>
 #include <memory>
-#include <nlohmann/json_fwd.hpp>
+#include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -17,30 +20,26 @@ class ChatTemplate {
   ChatTemplate(ChatTemplate&&) noexcept;
   ChatTemplate& operator=(ChatTemplate&&) noexcept;
 
-  struct Inputs;
-  // Renders the conversation. Error bad_input: the template's own raise_exception, or a message
-  // that lacks what the template reads; or the render exceeding its bounds on steps and output.
+  struct Inputs {
+    nlohmann::ordered_json messages;  // [{"role": "user", "content": "…"}, …], OpenAI's shape
+    nlohmann::ordered_json tools;     // null where there are none
+    bool add_generation_prompt = false;
+    std::string bos_token, eos_token;  // not defined for the template where empty
+    // Further variables: enable_thinking, documents, date_string …
+    std::map<std::string, nlohmann::ordered_json> extra;
+    // What strftime_now tells, in seconds since 1970; the clock where absent. Templates print the
+    // date, so what must give the same prompt tomorrow sets this.
+    std::optional<int64_t> now;
+  };
+  // Renders the conversation; safe to call from several threads. Error bad_input: the template's
+  // own raise_exception, or a message that lacks what the template reads; or the render exceeding
+  // its bounds on steps, recursion and memory, which grow with the conversation.
   std::string render(const Inputs& inputs) const;
   const std::string& source() const;
 
  private:
-  struct Program;
-  std::unique_ptr<Program> program_;
-};
-
-}  // namespace moru
-
-#include <nlohmann/json.hpp>
-
-namespace moru {
-
-struct ChatTemplate::Inputs {
-  nlohmann::ordered_json messages;  // [{"role": "user", "content": "…"}, …], OpenAI's shape
-  nlohmann::ordered_json tools;     // null where there are none
-  bool add_generation_prompt = false;
-  std::string bos_token, eos_token;
-  // Further variables: enable_thinking, documents, date_string …
-  std::map<std::string, nlohmann::ordered_json> extra;
+  struct State;
+  std::unique_ptr<State> state_;
 };
 
 }  // namespace moru

@@ -1,0 +1,80 @@
+#include "formats/chat_template.h"
+
+#include <ctime>
+#include <utility>
+#include <vector>
+
+#include "formats/jinja/interpreter.h"
+#include "formats/jinja/parser.h"
+
+namespace moru {
+namespace {
+
+using nlohmann::ordered_json;
+
+// Bytes of text and number of values in a document, near enough to scale bounds by.
+size_t size_of(const ordered_json& json) {
+  size_t size = 8;
+  if (json.is_string()) size += json.get_ref<const std::string&>().size();
+  if (json.is_structured())
+    for (const auto& item : json) size += size_of(item);
+  return size;
+}
+
+// Reasoning goes by several names. Whichever a message has, templates find it as
+// reasoning_content, and gpt-oss's as thinking: transformers fills them in like this.
+ordered_json with_reasoning(const ordered_json& message) {
+  if (!message.is_object()) return message;
+  for (const char* field : {"reasoning_content", "thinking", "reasoning"}) {
+    const auto at = message.find(field);
+    if (at == message.end() || at->is_null()) continue;
+    ordered_json filled = ordered_json::object();
+    filled["thinking"] = *at;
+    for (const auto& [key, value] : message.items()) filled[key] = value;
+    filled["reasoning_content"] = *at;
+    return filled;
+  }
+  return message;
+}
+
+}  // namespace
+
+struct ChatTemplate::State {
+  std::string source;
+  jinja::Program program;
+};
+
+ChatTemplate::ChatTemplate(std::string where, std::string_view source)
+    : state_(std::make_unique<State>()) {
+  state_->source = source;
+  state_->program = jinja::parse(std::move(where), source);
+}
+ChatTemplate::~ChatTemplate() = default;
+ChatTemplate::ChatTemplate(ChatTemplate&&) noexcept = default;
+ChatTemplate& ChatTemplate::operator=(ChatTemplate&&) noexcept = default;
+
+const std::string& ChatTemplate::source() const { return state_->source; }
+
+std::string ChatTemplate::render(const Inputs& inputs) const {
+  size_t size = size_of(inputs.messages) + size_of(inputs.tools);
+  for (const auto& [name, value] : inputs.extra) size += size_of(value);
+  jinja::Runtime runtime(state_->program.where, size);
+
+  ordered_json messages = ordered_json::array();
+  for (const ordered_json& message : inputs.messages) messages.push_back(with_reasoning(message));
+  std::vector<jinja::Interpreter::Variable> variables = {
+      {"messages", jinja::from_json(runtime, messages)},
+      {"tools", jinja::from_json(runtime, inputs.tools)},
+      {"add_generation_prompt", inputs.add_generation_prompt},
+  };
+  if (!inputs.bos_token.empty()) variables.push_back({"bos_token", runtime.text(inputs.bos_token)});
+  if (!inputs.eos_token.empty()) variables.push_back({"eos_token", runtime.text(inputs.eos_token)});
+  if (!inputs.extra.contains("documents")) variables.push_back({"documents", jinja::None{}});
+  for (const auto& [name, value] : inputs.extra)
+    variables.push_back({name, jinja::from_json(runtime, value)});
+
+  const int64_t now = inputs.now.value_or(static_cast<int64_t>(std::time(nullptr)));
+  return jinja::Interpreter(state_->program, runtime, now).run(variables);
+}
+
+}  // namespace moru
