@@ -11,5 +11,6 @@ void add_bench(CLI::App& app);
 void add_info(CLI::App& app);
 void add_prove(CLI::App& app);
 void add_run(CLI::App& app);
+void add_serve(CLI::App& app);
 
 }  // namespace moru

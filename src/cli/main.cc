@@ -32,6 +32,7 @@ int main(int argc, char** argv) {
   moru::add_info(app);
   moru::add_bench(app);
   moru::add_prove(app);
+  moru::add_serve(app);
   try {
     app.parse(argc, argv);
     return 0;

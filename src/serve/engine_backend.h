@@ -1,0 +1,45 @@
+// The engine as the server sees it: one model, loaded, with its generator.
+#pragma once
+#include <filesystem>
+#include <memory>
+
+#include "engine/forward.h"
+#include "engine/model.h"
+#include "serve/backend.h"
+
+namespace moru {
+
+struct EngineBackendOptions {
+  std::filesystem::path model;
+  size_t threads = 0;  // 0: all that this process may use
+  LoadOptions load;
+  EngineOptions engine;
+  size_t sequences = 32;  // answers computed at once
+};
+
+class EngineBackend final : public Backend {
+ public:
+  // Loads the model. Errors: those of open_model and load_model, no_space.
+  explicit EngineBackend(const EngineBackendOptions& options);
+  ~EngineBackend() override;
+
+  const Model& model() const;
+
+  std::vector<TokenId> encode_chat(const nlohmann::ordered_json& messages) const override;
+  std::vector<TokenId> encode_text(std::string_view text) const override;
+  std::string decode(std::span<const TokenId> ids) const override;
+  std::string bytes_of(TokenId id) const override;
+  size_t vocab() const override;
+  size_t longest_prompt() const override;
+  std::vector<TokenId> stop_ids() const override;
+  uint64_t submit(GenerationRequest request) override;
+  void cancel(uint64_t request) override;
+  bool busy() const override;
+  void step(const std::function<void(const GenerationEvent&)>& emit) override;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace moru
