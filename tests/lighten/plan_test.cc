@@ -84,9 +84,9 @@ TEST_CASE("Q4_K_M spends its bytes on the layers that matter more") {
   CHECK(type_of(p, "token_embd.weight") == DType::q4_k);
   CHECK(type_of(p, "blk.0.attn_norm.weight") == DType::f32);
   CHECK(type_of(p, "blk.0.attn_q.weight") == DType::q4_k);
-  for (const size_t more : {0, 3, 6, 9, 28, 31})
+  for (const size_t more : {0u, 3u, 6u, 9u, 28u, 31u})
     CHECK(type_of(p, fmt::format("blk.{}.ffn_down.weight", more)) == DType::q6_k);
-  for (const size_t less : {4, 5, 7, 26})
+  for (const size_t less : {4u, 5u, 7u, 26u})
     CHECK(type_of(p, fmt::format("blk.{}.attn_v.weight", less)) == DType::q4_k);
   CHECK(p.notes.empty());
 }
