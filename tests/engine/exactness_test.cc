@@ -1,0 +1,177 @@
+// The promise of the exact profile: a token's logits are the same bits whatever computes beside it.
+#include <doctest/doctest.h>
+
+#include <chrono>
+
+#include "engine/forward.h"
+#include "engine/generate.h"
+#include "support.h"
+#include "tiny_model.h"
+
+using namespace moru;
+
+namespace {
+
+constexpr size_t kVocab = 259;
+
+std::vector<TokenId> random_ids(size_t count, Random& random) {
+  std::vector<TokenId> ids(count);
+  for (TokenId& id : ids) id = static_cast<TokenId>(random.below(kVocab));
+  return ids;
+}
+
+// Logits of every position, [ids, vocab], fed in parts of the given sizes.
+std::vector<float> logits_in_parts(Engine& engine, std::span<const TokenId> ids,
+                                   std::span<const size_t> parts) {
+  std::vector<float> all;
+  KvSequence sequence = engine.cache().make_sequence();
+  size_t at = 0;
+  for (const size_t part : parts) {
+    const StepSpan span{&sequence, ids.subspan(at, part), 0};
+    engine.step({&span, 1}, [&](size_t, size_t count, float* logits) {
+      all.insert(all.end(), logits, logits + count * kVocab);
+    });
+    at += part;
+  }
+  return all;
+}
+
+std::vector<size_t> random_parts(size_t total, Random& random) {
+  // Sizes around the thresholds where kernels change, and anything else.
+  constexpr size_t kSizes[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65};
+  std::vector<size_t> parts;
+  while (total > 0) {
+    const size_t part = std::min(total, kSizes[random.below(std::size(kSizes))]);
+    parts.push_back(part);
+    total -= part;
+  }
+  return parts;
+}
+
+uint64_t fresh_seed() {
+  return static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count());
+}
+
+}  // namespace
+
+TEST_CASE("exact logits do not depend on threads, chunks or neighbours, for every block type") {
+  const uint64_t seed = fresh_seed();
+  MESSAGE("seed " << seed);
+  const TempDir folder;
+  for (const std::string family : {"llama", "gemma3"}) {
+    for (const DType type :
+         {DType::q8_0, DType::q4_0, DType::q4_1, DType::q5_0, DType::q5_1, DType::q2_k,
+          DType::q3_k, DType::q4_k, DType::q5_k, DType::q6_k, DType::iq4_nl, DType::iq4_xs,
+          DType::mxfp4}) {
+      CAPTURE(family);
+      CAPTURE(traits(type).name);
+      Random random(seed, static_cast<uint64_t>(type));
+      const auto path = folder.path() / "tiny.gguf";
+      write_tiny_model(path, {.family = family, .type = type, .seed = seed});
+      const ModelFiles files = open_model(path);
+      const std::vector<TokenId> ids = random_ids(150, random);
+      std::vector<float> expected;
+      for (const size_t threads : {1, 2, 4}) {
+        Pool pool(threads);
+        const Model model = load_model(pool, files, {.context = 512});
+        Engine engine(pool, model, {.step_tokens = 512, .cache_tokens = 8192});
+        const size_t whole[] = {ids.size()};
+        const std::vector<float> at_once = logits_in_parts(engine, ids, whole);
+        if (expected.empty()) expected = at_once;
+        REQUIRE(at_once == expected);
+        REQUIRE(logits_in_parts(engine, ids, random_parts(ids.size(), random)) == expected);
+        const std::vector<size_t> singly(ids.size(), 1);
+        if (threads == 2) REQUIRE(logits_in_parts(engine, ids, singly) == expected);
+
+        // Beside seven others of other lengths, and from a shared beginning.
+        std::vector<std::vector<TokenId>> others;
+        std::vector<KvSequence> sequences;
+        for (size_t i = 0; i < 7; ++i) others.push_back(random_ids(1 + random.below(40), random));
+        others.push_back({ids.begin() + 100, ids.end()});
+        for (size_t i = 0; i < others.size(); ++i)
+          sequences.push_back(engine.cache().make_sequence());
+        {
+          KvSequence first = engine.cache().make_sequence();
+          const StepSpan span{&first, std::span(ids).first(130), 130};
+          engine.step({&span, 1}, [](size_t, size_t, float*) {});
+          REQUIRE(engine.cache().fork(first, 100, sequences.back()));
+        }
+        std::vector<StepSpan> spans;
+        for (size_t i = 0; i < others.size(); ++i)
+          spans.push_back({&sequences[i], others[i], i + 1 == others.size() ? 0 : others[i].size()});
+        std::vector<float> beside;
+        engine.step(spans, [&](size_t, size_t count, float* logits) {
+          beside.insert(beside.end(), logits, logits + count * kVocab);
+        });
+        REQUIRE(std::equal(beside.begin(), beside.end(), expected.begin() + 100 * kVocab,
+                           expected.end()));
+      }
+    }
+  }
+}
+
+TEST_CASE("answers generated together are the answers generated alone") {
+  const TempDir folder;
+  write_tiny_model(folder.path() / "tiny.gguf", {.type = DType::q4_k});
+  const ModelFiles files = open_model(folder.path() / "tiny.gguf");
+  Pool pool(2);
+  const Model model = load_model(pool, files, {.context = 512});
+  // A cache so small that requests must wait, be sent back and compute again.
+  Engine engine(pool, model, {.step_tokens = 64, .cache_tokens = 1024});
+  Random random(5);
+  const std::vector<TokenId> beginning = random_ids(70, random);
+  std::vector<GenerationRequest> requests;
+  for (size_t i = 0; i < 12; ++i) {
+    std::vector<TokenId> prompt = beginning;
+    for (const TokenId id : random_ids(1 + random.below(90), random)) prompt.push_back(id);
+    GenerationRequest request;
+    request.prompt = std::move(prompt);
+    request.max_tokens = 40;
+    request.sampling.temperature = i % 2 == 1 ? 0.8f : 0.0f;
+    request.sampling.seed = i;
+    request.stop_ids = files.stop_ids;
+    request.top_logprobs = 2;
+    requests.push_back(std::move(request));
+  }
+  std::vector<GenerationResult> alone;
+  for (const GenerationRequest& request : requests) {
+    Generator generator(engine, files.tokenizer);
+    alone.push_back(generate_all(generator, {request}).front());
+  }
+  Generator generator(engine, files.tokenizer);
+  const std::vector<GenerationResult> together = generate_all(generator, requests);
+  for (size_t i = 0; i < requests.size(); ++i) {
+    CAPTURE(i);
+    CHECK(together[i].text == alone[i].text);
+    REQUIRE(together[i].logprobs.size() == alone[i].logprobs.size());
+    for (size_t t = 0; t < alone[i].logprobs.size(); ++t) {
+      CHECK(together[i].logprobs[t].logprob == alone[i].logprobs[t].logprob);
+      CHECK(together[i].logprobs[t].top == alone[i].logprobs[t].top);
+    }
+  }
+}
+
+TEST_CASE("a stop text is found across token borders and is not part of the answer") {
+  const TempDir folder;
+  write_tiny_model(folder.path() / "tiny.gguf");
+  const ModelFiles files = open_model(folder.path() / "tiny.gguf");
+  Pool pool(1);
+  const Model model = load_model(pool, files, {.context = 256});
+  Engine engine(pool, model, {.step_tokens = 64, .cache_tokens = 512});
+  GenerationRequest request;
+  request.prompt = {1, 2, 3};
+  request.max_tokens = 60;
+  request.sampling.temperature = 1;
+  request.sampling.seed = 3;
+  Generator generator(engine, files.tokenizer);
+  const std::string whole = generate_all(generator, {request}).front().text;
+  REQUIRE(whole.size() > 20);
+  // A stop of three bytes: three tokens of this vocabulary.
+  for (const size_t at : {5, 11}) {
+    GenerationRequest stopped = request;
+    stopped.stop_texts = {"never said by it", whole.substr(at, 3)};
+    const GenerationResult result = generate_all(generator, {stopped}).front();
+    CHECK(result.finish == Finish::stop);
+    CHECK(result.text == whole.substr(0, whole.find(stopped.stop_texts[1])));
+  }
+}
