@@ -51,35 +51,55 @@ void wait_change(std::atomic<uint32_t>& word, uint32_t value, std::atomic<uint32
 
 }  // namespace
 
+// A phase is open while its gate is: threads enter and leave by counting themselves in it. The
+// caller closes the gate when no item is left and waits for those inside, so the job's fields never
+// change under a thread that reads them.
 struct Pool::State {
-  alignas(64) std::atomic<uint32_t> round{0};  // changes when a job is posted
-  std::atomic<uint32_t> round_sleepers{0};
-  alignas(64) std::atomic<uint32_t> busy{0};  // workers that have not finished the job
-  std::atomic<uint32_t> busy_sleepers{0};
-  void (*work)(void*, size_t) = nullptr;
+  static constexpr uint32_t kOpen = 1u << 31;  // the other bits: threads inside
+
+  alignas(64) std::atomic<uint32_t> phase{0};  // changes when a phase opens
+  std::atomic<uint32_t> phase_sleepers{0};
+  alignas(64) std::atomic<uint32_t> gate{0};
+  std::atomic<uint32_t> gate_sleepers{0};
+  alignas(64) std::atomic<size_t> next{0};  // item to take
+  size_t count = 0;
+  void (*item)(void*, size_t) = nullptr;
   void* context = nullptr;
   std::atomic<bool> stop{false};
   std::mutex error_mutex;
   std::exception_ptr error;
   std::vector<std::thread> threads;
 
-  void call(size_t index) {
+  void take_items() {
     try {
-      work(context, index);
+      for (size_t i = next.fetch_add(1, std::memory_order_relaxed); i < count;
+           i = next.fetch_add(1, std::memory_order_relaxed))
+        item(context, i);
     } catch (...) {
+      next.store(count);
       const std::lock_guard lock(error_mutex);
       if (!error) error = std::current_exception();
     }
   }
 
-  void serve(size_t index) {
-    uint32_t seen = 0;
-    for (;;) {
-      wait_change(round, seen, round_sleepers);
-      seen = round.load(std::memory_order_acquire);
-      if (stop.load()) return;
-      call(index);
-      if (busy.fetch_sub(1) == 1 && busy_sleepers.load() > 0) futex_wake(busy);
+  bool enter() {
+    uint32_t seen = gate.load(std::memory_order_relaxed);
+    while ((seen & kOpen) != 0)
+      if (gate.compare_exchange_weak(seen, seen + 1, std::memory_order_acquire)) return true;
+    return false;
+  }
+
+  void leave() {
+    if (gate.fetch_sub(1) == 1 && gate_sleepers.load() > 0) futex_wake(gate);
+  }
+
+  void serve() {
+    for (uint32_t seen = 0; !stop.load();) {
+      wait_change(phase, seen, phase_sleepers);
+      seen = phase.load(std::memory_order_acquire);
+      if (!enter()) continue;
+      take_items();
+      leave();
     }
   }
 };
@@ -87,31 +107,34 @@ struct Pool::State {
 Pool::Pool(size_t threads) : state_(std::make_unique<State>()) {
   MORU_CHECK(threads >= 1);
   for (size_t i = 1; i < threads; ++i)
-    state_->threads.emplace_back([state = state_.get(), i] { state->serve(i); });
+    state_->threads.emplace_back([state = state_.get()] { state->serve(); });
 }
 
 Pool::~Pool() {
   state_->stop.store(true);
-  state_->round.fetch_add(1);
-  futex_wake(state_->round);
+  state_->phase.fetch_add(1);
+  futex_wake(state_->phase);
   for (std::thread& thread : state_->threads) thread.join();
 }
 
 size_t Pool::size() const { return state_->threads.size() + 1; }
 
-void Pool::run_raw(void (*work)(void*, size_t), void* context) {
+void Pool::run(void (*item)(void*, size_t), void* context, size_t count) {
   State& s = *state_;
-  s.work = work;
+  s.item = item;
   s.context = context;
+  s.count = count;
+  s.next.store(0, std::memory_order_relaxed);
   if (!s.threads.empty()) {
-    s.busy.store(static_cast<uint32_t>(s.threads.size()));
-    s.round.fetch_add(1);
-    if (s.round_sleepers.load() > 0) futex_wake(s.round);
+    s.gate.store(State::kOpen, std::memory_order_release);
+    s.phase.fetch_add(1);
+    if (s.phase_sleepers.load() > 0) futex_wake(s.phase);
   }
-  s.call(0);
-  for (uint32_t left = s.busy.load(std::memory_order_acquire); left != 0;
-       left = s.busy.load(std::memory_order_acquire))
-    wait_change(s.busy, left, s.busy_sleepers);
+  s.take_items();
+  s.gate.fetch_and(~State::kOpen);
+  for (uint32_t inside = s.gate.load(std::memory_order_acquire); inside != 0;
+       inside = s.gate.load(std::memory_order_acquire))
+    wait_change(s.gate, inside, s.gate_sleepers);
   if (s.error) std::rethrow_exception(std::exchange(s.error, nullptr));
 }
 

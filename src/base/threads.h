@@ -1,13 +1,13 @@
-// The one pool that computes. Work is a function of the thread's index; every thread runs it, the
-// caller included, and run() returns when all are done. Threads spin for a moment between phases,
-// then sleep, so that an idle program uses no processor.
+// The one pool that computes. Work is a list of items; the caller and the pool's threads take them
+// in order until none is left, and each() returns when all are done. Threads spin for a moment
+// between phases, then sleep, so that an idle program uses no processor. A thread that wakes too
+// late for a phase is not waited for: a busy neighbour on its core costs its share of the work and
+// no more.
 //
 // Kernels split their work by a fixed grid, never by the number of threads, so that results are
 // the same bits for any pool.
 #pragma once
-#include <atomic>
 #include <cstddef>
-#include <functional>
 #include <memory>
 
 namespace moru {
@@ -22,30 +22,20 @@ class Pool {
 
   size_t size() const;
 
-  // Calls work(index) once on each thread, index in [0, size()). The first exception is rethrown
-  // here after all threads have finished. Not reentrant, one caller at a time.
-  template <typename Work>
-  void run(Work&& work) {
-    auto* pointer = &work;
-    run_raw([](void* context, size_t index) { (*static_cast<decltype(pointer)>(context))(index); },
-            pointer);
-  }
-
-  // Calls item(i) for each i in [0, count), handed out in order to whichever thread is free.
+  // Calls item(i) for each i in [0, count), handed out in order to whichever thread is free. The
+  // first exception is rethrown here after all threads have stopped; items not yet begun are left
+  // out. Not reentrant, one caller at a time.
   template <typename Item>
   void each(size_t count, Item&& item) {
     if (count == 0) return;
     if (count == 1) return item(size_t{0});
-    std::atomic<size_t> next{0};
-    run([&](size_t) {
-      for (size_t i = next.fetch_add(1, std::memory_order_relaxed); i < count;
-           i = next.fetch_add(1, std::memory_order_relaxed))
-        item(i);
-    });
+    auto* pointer = &item;
+    run([](void* context, size_t i) { (*static_cast<decltype(pointer)>(context))(i); }, pointer,
+        count);
   }
 
  private:
-  void run_raw(void (*work)(void*, size_t), void* context);
+  void run(void (*item)(void*, size_t), void* context, size_t count);
   struct State;
   std::unique_ptr<State> state_;
 };

@@ -2,6 +2,7 @@
 
 #include <doctest/doctest.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <vector>
 
@@ -18,13 +19,26 @@ TEST_CASE("every item runs once, whatever the number of threads") {
   }
 }
 
-TEST_CASE("an exception on a worker reaches the caller, and the pool goes on working") {
+TEST_CASE("an exception of an item reaches the caller, and the pool goes on working") {
   Pool pool(3);
-  CHECK_THROWS_AS(pool.run([](size_t i) {
-    if (i == 2) throw std::runtime_error("worker");
-  }),
-                  std::runtime_error);
-  int calls = 0;
-  pool.each(1, [&](size_t) { ++calls; });
-  CHECK(calls == 1);
+  for (int round = 0; round < 50; ++round) {
+    CHECK_THROWS_AS(pool.each(20,
+                              [](size_t i) {
+                                if (i == 2) throw std::runtime_error("item");
+                              }),
+                    std::runtime_error);
+    std::atomic<int> calls{0};
+    pool.each(5, [&](size_t) { ++calls; });
+    CHECK(calls == 5);
+  }
+}
+
+TEST_CASE("phases of any length follow one another without a lost item") {
+  Pool pool(4);
+  for (size_t round = 0; round < 20000; ++round) {
+    std::atomic<size_t> sum{0};
+    const size_t count = round % 7;
+    pool.each(count, [&](size_t i) { sum += i + 1; });
+    REQUIRE(sum == count * (count + 1) / 2);
+  }
 }
