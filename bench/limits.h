@@ -35,7 +35,7 @@ inline double read_bandwidth(Pool& pool) {
   std::memset(memory.data(), 1, kBytes);
   std::vector<int> sums(pool.size() * 16);
   const double seconds = best_seconds(0.5, [&] {
-    pool.run([&](size_t thread) {
+    pool.each(pool.size(), [&](size_t thread) {
       const size_t vectors = kBytes / 256;
       const auto* base = reinterpret_cast<const __m128i*>(memory.data());
       __m128i sum[4] = {};
@@ -86,7 +86,7 @@ inline double fma_rate(Pool& pool) {
   const bool wide = isa() == Isa::avx512;
   std::vector<float> sink(pool.size() * 16);
   const double seconds = best_seconds(0.3, [&] {
-    pool.run([&](size_t thread) { sink[thread * 16] = wide ? fmas_avx512() : fmas_avx2(); });
+    pool.each(pool.size(), [&](size_t thread) { sink[thread * 16] = wide ? fmas_avx512() : fmas_avx2(); });
   });
   return static_cast<double>(pool.size() * kFmaSteps) * (wide ? 16 * 32 : 12 * 16) / seconds;
 }

@@ -49,7 +49,7 @@ double read_bandwidth(Pool& pool) {
   std::vector<int> sums(pool.size() * 16);
   constexpr size_t kTask = 1 << 20;
   const double seconds = best_seconds(1, [&] {
-    pool.run([&](size_t thread) {
+    pool.each(pool.size(), [&](size_t thread) {
       const size_t tasks = kBytes / kTask;
       const size_t begin = tasks * thread / pool.size(), end = tasks * (thread + 1) / pool.size();
       const auto* at = static_cast<const __m128i*>(memory.data()) + begin * kTask / 16;
@@ -99,7 +99,7 @@ double int16_rate(Pool& pool) {  // operations, two a multiply-add, a second
   if (isa() == Isa::scalar) return 0;
   std::vector<int> sink(pool.size() * 16);
   const double seconds = best_seconds(0.5, [&] {
-    pool.run([&](size_t thread) { sink[thread * 16] = wide ? dots_avx512() : dots_avx2(); });
+    pool.each(pool.size(), [&](size_t thread) { sink[thread * 16] = wide ? dots_avx512() : dots_avx2(); });
   });
   return static_cast<double>(pool.size() * kSteps) * 12 * (wide ? 64 : 32) / seconds;
 }
