@@ -164,6 +164,22 @@ void finish(const Family& family, const Keys& keys, Config& config) {
   }
 }
 
+// Which layers are windowed: a flag for each, or a period of which the last sees everything.
+void read_window_pattern(const Keys& keys, const GgufMetadata& m, const std::string& key,
+                         Config& config) {
+  const GgufValue* value = m.find(key);
+  if (value == nullptr || config.window == 0) return;
+  if (const auto* list = std::get_if<GgufArray>(value)) {
+    const auto* flags = std::get_if<std::vector<bool>>(&list->values);
+    if (flags == nullptr || flags->size() != config.layers)
+      keys.refuse(key, fmt::format("does not hold a flag for each of {} layers", config.layers));
+    config.windowed = *flags;
+    return;
+  }
+  const size_t period = keys.size(key, m.integer(key), kMaxLayers);
+  for (size_t i = 0; i < config.layers; ++i) config.windowed.push_back((i + 1) % period != 0);
+}
+
 }  // namespace
 
 const Family& family_of_gguf(const GgufMetadata& metadata) {
@@ -225,7 +241,10 @@ Config config_of_gguf(const Family& family, const GgufMetadata& m) {
   } else if (scaling != "none") {
     keys.unsupported(key("rope.scaling.type"), scaling);
   }
+  if (const auto scale = m.number(key("attention.scale")))
+    c.attn_scale = keys.positive(key("attention.scale"), *scale);
   if (const auto window = m.integer(key("attention.sliding_window"))) c.window = *window;
+  read_window_pattern(keys, m, key("attention.sliding_window_pattern"), c);
   if (const auto n = m.integer("tokenizer.ggml.tokens.count")) c.vocab = *n;
   if (const auto n = m.integer(key("vocab_size"))) c.vocab = *n;
   if (const GgufValue* tokens = m.find("tokenizer.ggml.tokens");
@@ -233,6 +252,8 @@ Config config_of_gguf(const Family& family, const GgufMetadata& m) {
     c.vocab = std::visit([](const auto& list) { return list.size(); },
                          std::get<GgufArray>(*tokens).values);
   finish(family, keys, c);
+  if (const auto theta = m.number(key("rope.freq_base_swa")))
+    c.local_rope.theta = keys.positive(key("rope.freq_base_swa"), *theta);
   return c;
 }
 
@@ -391,7 +412,15 @@ GgufMetadata gguf_metadata_of(const Family& family, const Config& c) {
     m.set(key("rope.scaling.type"), GgufScalar{std::string("linear")});
     m.set(key("rope.scaling.factor"), GgufScalar{c.rope.factor});
   }
-  if (c.window != 0) u32("attention.sliding_window", c.window);
+  if (c.window != 0) {
+    u32("attention.sliding_window", c.window);
+    m.set(key("rope.freq_base_swa"), GgufScalar{c.local_rope.theta});
+    constexpr uint32_t kBool = 7;  // GGUF's id of the element type
+    if (!c.windowed.empty())
+      m.set(key("attention.sliding_window_pattern"), GgufArray{kBool, c.windowed});
+  }
+  if (c.attn_scale != 1 / std::sqrt(static_cast<float>(c.head_dim)))
+    m.set(key("attention.scale"), GgufScalar{c.attn_scale});
   return m;
 }
 

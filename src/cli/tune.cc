@@ -1,0 +1,218 @@
+// moru tune: fine-tune a model on pairs.
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdio>
+#include <memory>
+#include <string>
+
+#include "base/clock.h"
+#include "base/error.h"
+#include "base/files.h"
+#include "tune/trainer.h"
+
+namespace moru {
+namespace {
+
+struct TuneFlags {
+  TuneOptions options;
+  std::string model, data, out = "tuned", validation, adapter;
+  std::string target_modules = "all-linear", schedule = "cosine", precision = "bf16";
+  std::string recompute = "auto", truncation = "keep_start", merge, merge_type = "bf16";
+  size_t check = 0;
+  bool json = false;
+};
+
+// "\n" and "\t" as people type them in a shell.
+std::string unescape(const std::string& text) {
+  std::string out;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const char next = i + 1 < text.size() ? text[i + 1] : '\0';
+    if (text[i] != '\\' || (next != 'n' && next != 't' && next != '\\')) {
+      out += text[i];
+      continue;
+    }
+    out += next == 'n' ? '\n' : next == 't' ? '\t' : '\\';
+    ++i;
+  }
+  return out;
+}
+
+TuneOptions options_of(const TuneFlags& flags) {
+  TuneOptions o = flags.options;
+  o.model = flags.model;
+  o.data = flags.data;
+  o.out = flags.out;
+  o.validation = flags.validation;
+  o.adapter = flags.adapter;
+  o.rows.plain_template = unescape(o.rows.plain_template);
+  o.rows.truncation =
+      flags.truncation == "keep_end" ? Truncation::keep_end : Truncation::keep_start;
+  o.lora.targets = parse_target_modules(flags.target_modules);
+  o.schedule = parse_schedule(flags.schedule);
+  o.precision = flags.precision == "f32" ? Profile::f32 : Profile::bf16;
+  if (flags.recompute == "none") o.recompute = Recompute::none;
+  if (flags.recompute == "light") o.recompute = Recompute::light;
+  if (flags.recompute == "block") o.recompute = Recompute::block;
+  return o;
+}
+
+// The first examples as the model will see them: what is learnt stands on green.
+void print_examples(const TuneOptions& o, size_t count) {
+  const ModelFiles files = open_model(o.model);
+  const Dataset data = load_dataset(o.data, files, o.rows);
+  const bool colour = ::isatty(STDOUT_FILENO) != 0;
+  const char* learnt_on = colour ? "\033[30;42m" : "[[";
+  const char* off = colour ? "\033[0m" : "]]";
+  for (size_t i = 0; i < std::min(count, data.examples.size()); ++i) {
+    const Example& e = data.examples[i];
+    fmt::print("--- line {}: {} tokens, {} learnt\n", e.line, e.ids.size(), e.trained_tokens());
+    for (size_t at = 0; at < e.ids.size();) {
+      size_t end = at;
+      while (end < e.ids.size() && e.trained[end] == e.trained[at]) ++end;
+      const std::string text = files.tokenizer.decode(std::span(e.ids).subspan(at, end - at), true);
+      if (e.trained[at] != 0)
+        fmt::print("{}{}{}", learnt_on, text, off);
+      else
+        fmt::print("{}", text);
+      at = end;
+    }
+    fmt::print("\n");
+  }
+  const DataCounts& c = data.counts;
+  fmt::print("--- {} rows: {} examples, {} tokens, {} learnt; {} truncated, {} without an answer, "
+             "{} not understood, {} learnt turn by turn, {} given EOS\n",
+             c.rows, data.examples.size(), data.tokens(), data.trained_tokens(), c.truncated,
+             c.without_answer, c.bad, c.split_by_turn, c.without_end);
+  for (size_t i = 0; i < std::min<size_t>(5, data.problems.size()); ++i)
+    fmt::print("    line {}: {} {}\n", data.problems[i].line, data.problems[i].field,
+               data.problems[i].what);
+}
+
+void print_event(const TuneEvent& event, bool live) {
+  if (event.kind == TuneEvent::Kind::step) {
+    const std::string line = fmt::format(
+        "step {:>4}/{}  epoch {:.2f}  loss {:.4f}  lr {:.2e}  grad norm {:.3f}  {:.0f} tokens/s  {} "
+        "left",
+        event.step, event.steps, event.epoch, event.loss, event.lr, event.grad_norm,
+        event.tokens_per_second, format_duration(event.seconds_left));
+    fmt::print(stderr, "{}{}{}", live ? "\r\033[K" : "", line, live ? "" : "\n");
+  } else {
+    fmt::print(stderr, "{}{}\n", live ? "\r\033[K" : "", event.text);
+  }
+  std::fflush(stderr);
+}
+
+void run_tune(const TuneFlags& flags) {
+  const TuneOptions o = options_of(flags);
+  if (flags.check != 0) return print_examples(o, flags.check);
+  const bool live = ::isatty(STDERR_FILENO) != 0;
+  const TuneResult r = tune(o, [&](const TuneEvent& event) { print_event(event, live); });
+  if (live) fmt::print(stderr, "\r\033[K");
+
+  std::string merged;
+  if (!flags.merge.empty()) {
+    const ModelFiles files = open_model(o.model);
+    const Lora lora = read_peft_adapter(r.adapter, files.config);
+    const DType type = *dtype_from_name(flags.merge_type);
+    merged = (o.out / (flags.merge == "gguf" ? "model.gguf" : "model")).string();
+    if (flags.merge == "gguf")
+      write_merged_gguf(merged, files, lora, type);
+    else
+      write_merged_folder(merged, files, lora, type);
+  }
+  if (flags.json) {
+    nlohmann::ordered_json j =
+        nlohmann::ordered_json::parse(read_file(o.out / "tune.json"));
+    if (!merged.empty()) j["merged"] = merged;
+    fmt::print("{}\n", j.dump(2));
+    return;
+  }
+  fmt::print("{} steps in {}, {:.0f} tokens/s, peak memory {} MB\n", r.steps,
+             format_duration(r.seconds), r.tokens_per_second, r.peak_bytes / 1'000'000);
+  if (r.val_loss)
+    fmt::print("validation loss {:.4f} -> {:.4f} (step {})\n", r.val_loss_before.value_or(0),
+               *r.val_loss, r.best_step);
+  fmt::print("adapter: {}\n", r.adapter.string());
+  if (!merged.empty()) fmt::print("merged model: {}\n", merged);
+}
+
+}  // namespace
+
+void add_tune(CLI::App& app) {
+  auto flags = std::make_shared<TuneFlags>();  // shared with the callback
+  TuneOptions& o = flags->options;
+  CLI::App* cmd = app.add_subcommand("tune", "Fine-tune a model on your pairs (LoRA)");
+  cmd->add_option("model", flags->model, "GGUF file or Hugging Face folder")->required();
+  cmd->add_option("data", flags->data, "rows to learn: JSON Lines, JSON or CSV")->required();
+  cmd->add_option("-o,--out", flags->out, "folder for the adapter, log and checkpoint")
+      ->capture_default_str();
+  cmd->add_option("--validation", flags->validation, "rows to validate on, not learnt");
+  cmd->add_option("--val-fraction", o.val_fraction, "share of the rows set aside to validate on")
+      ->capture_default_str();
+  cmd->add_option("--adapter", flags->adapter, "PEFT folder to go on from");
+
+  cmd->add_option("--template", o.rows.plain_template,
+                  "plain rendering instead of the chat template: \"{prompt}\\n{completion}\"");
+  cmd->add_option("--system", o.rows.system, "system message for rows that have none");
+  cmd->add_option("--prompt-column", o.rows.prompt_column, "field or column that asks");
+  cmd->add_option("--completion-column", o.rows.completion_column, "field or column that answers");
+  cmd->add_option("--max-length,--cutoff-len", o.rows.max_length, "tokens of a row at most")
+      ->capture_default_str();
+  cmd->add_option("--truncation-mode", flags->truncation, "which part of a long row stays")
+      ->check(CLI::IsMember({"keep_start", "keep_end"}))
+      ->capture_default_str();
+  cmd->add_flag("--last-turn-only", o.rows.last_turn_only, "learn only the last answer of a row");
+
+  cmd->add_option("--lora-r,--lora-rank", o.lora.rank, "rank")->capture_default_str();
+  cmd->add_option("--lora-alpha", o.lora.alpha, "alpha; the scale is alpha/r")
+      ->capture_default_str();
+  cmd->add_flag("--use-rslora", o.lora.rank_stabilised, "scale alpha/sqrt(r)");
+  cmd->add_option("--target-modules,--lora-target", flags->target_modules,
+                  "all-linear, or names: q_proj,v_proj")
+      ->capture_default_str();
+
+  cmd->add_option("--lr,--learning-rate", o.lr, "peak learning rate")->capture_default_str();
+  cmd->add_option("--lr-scheduler-type", flags->schedule,
+                  "constant, linear, cosine or cosine_with_min_lr")
+      ->capture_default_str();
+  cmd->add_option("--min-lr-ratio", o.min_lr_ratio, "of cosine_with_min_lr")->capture_default_str();
+  cmd->add_option("--warmup-ratio", o.warmup_ratio, "share of the steps")->capture_default_str();
+  cmd->add_option("--weight-decay", o.adamw.weight_decay)->capture_default_str();
+  cmd->add_option("--max-grad-norm", o.max_grad_norm, "0: no clipping")->capture_default_str();
+  cmd->add_option("--epochs,--num-train-epochs", o.epochs)->capture_default_str();
+  cmd->add_option("--max-steps", o.max_steps, "instead of epochs");
+  cmd->add_option("--batch-size", o.batch_size, "examples a step")->capture_default_str();
+  cmd->add_option("--batch-tokens", o.batch_tokens,
+                  "a step takes examples up to this many tokens instead");
+  cmd->add_option("--micro-batch-tokens", o.micro_batch_tokens,
+                  "tokens computed at a time: changes memory and speed, not results")
+      ->capture_default_str();
+  cmd->add_option("--eval-steps", o.eval_steps, "0: validate at the end of each epoch")
+      ->capture_default_str();
+  cmd->add_option("--patience", o.patience, "stop after so many validations without improvement")
+      ->capture_default_str();
+  cmd->add_option("--save-steps", o.save_steps, "steps between checkpoints")->capture_default_str();
+  cmd->add_option("--seed", o.seed)->capture_default_str();
+
+  cmd->add_option("--precision", flags->precision, "bf16 or f32")
+      ->check(CLI::IsMember({"bf16", "f32"}))
+      ->capture_default_str();
+  cmd->add_option("--recompute", flags->recompute, "what the backward pass computes anew")
+      ->check(CLI::IsMember({"auto", "none", "light", "block"}))
+      ->capture_default_str();
+  cmd->add_option("--threads", o.threads, "0: all that this process may use");
+  cmd->add_flag("--restart", o.restart, "forget the run that --out holds");
+  cmd->add_option("--merge", flags->merge, "also write the merged model: gguf, or hf (a folder)")
+      ->check(CLI::IsMember({"gguf", "hf"}));
+  cmd->add_option("--merge-type", flags->merge_type, "numbers of the merged model")
+      ->check(CLI::IsMember({"f32", "bf16", "f16"}))
+      ->capture_default_str();
+  cmd->add_option("--check", flags->check, "print the first N rendered examples and stop");
+  cmd->add_flag("--json", flags->json, "print the result as JSON");
+  cmd->callback([flags] { run_tune(*flags); });
+}
+
+}  // namespace moru

@@ -1,0 +1,443 @@
+#include "tune/adapter.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "base/error.h"
+#include "base/files.h"
+#include "base/half.h"
+#include "base/random.h"
+#include "engine/families.h"
+#include "formats/safetensors.h"
+
+namespace moru {
+namespace {
+
+using nlohmann::json;
+
+constexpr std::string_view kConfigName = "adapter_config.json";
+constexpr std::string_view kWeightsName = "adapter_model.safetensors";
+
+std::string names_of_all_targets() {
+  std::string all;
+  for (size_t p = 0; p < kProjections; ++p) {
+    if (p != 0) all += ", ";
+    all += traits(static_cast<Projection>(p)).name;
+  }
+  return all;
+}
+
+// The layer and projection that "….layers.3.self_attn.q_proj" (any prefix) names.
+struct Place {
+  size_t layer;
+  Projection projection;
+};
+std::optional<Place> place_of_module(std::string_view module) {
+  constexpr std::string_view kLayers = "layers.";
+  const size_t at = module.rfind(kLayers);
+  if (at == std::string_view::npos || (at != 0 && module[at - 1] != '.')) return std::nullopt;
+  const std::string_view rest = module.substr(at + kLayers.size());
+  size_t layer = 0;
+  const auto [end, failed] = std::from_chars(rest.data(), rest.data() + rest.size(), layer);
+  const auto digits = static_cast<size_t>(end - rest.data());
+  if (failed != std::errc{} || digits >= rest.size() || rest[digits] != '.') return std::nullopt;
+  for (size_t p = 0; p < kProjections; ++p)
+    if (traits(static_cast<Projection>(p)).module == rest.substr(digits + 1))
+      return Place{layer, static_cast<Projection>(p)};
+  return std::nullopt;
+}
+
+// "blk.3.attn_q.weight"
+std::optional<Place> place_of_gguf_name(std::string_view name) {
+  constexpr std::string_view kBlock = "blk.", kWeight = ".weight";
+  if (!name.starts_with(kBlock) || !name.ends_with(kWeight)) return std::nullopt;
+  name.remove_prefix(kBlock.size());
+  name.remove_suffix(kWeight.size());
+  size_t layer = 0;
+  const auto [end, failed] = std::from_chars(name.data(), name.data() + name.size(), layer);
+  const auto digits = static_cast<size_t>(end - name.data());
+  if (failed != std::errc{} || digits >= name.size() || name[digits] != '.') return std::nullopt;
+  for (size_t p = 0; p < kProjections; ++p)
+    if (traits(static_cast<Projection>(p)).gguf == name.substr(digits + 1))
+      return Place{layer, static_cast<Projection>(p)};
+  return std::nullopt;
+}
+
+std::string module_name(size_t layer, Projection projection) {
+  return fmt::format("model.layers.{}.{}", layer, traits(projection).module);
+}
+
+[[noreturn]] void refuse_config(const std::filesystem::path& file, std::string_view field,
+                                std::string what, ErrorKind kind = ErrorKind::unsupported) {
+  throw Error(kind, {.where = fmt::format("{}: {}", file.string(), field),
+                     .what = std::move(what),
+                     .cure = "train a plain LoRA adapter of the linear layers"});
+}
+
+// What of adapter_config.json changes the computation.
+struct PeftConfig {
+  double alpha = 8;
+  bool rank_stabilised = false;
+  std::map<std::string, double> alpha_pattern;  // ends of module names
+};
+
+PeftConfig read_config(const std::filesystem::path& file) {
+  const json j = json::parse(read_file(file), nullptr, false);
+  if (!j.is_object()) refuse_config(file, "file", "not a JSON object", ErrorKind::bad_input);
+  const auto truthy = [&](const char* key) {
+    const auto found = j.find(key);
+    if (found == j.end() || found->is_null()) return false;
+    if (found->is_boolean()) return found->get<bool>();
+    return found->is_number() || !found->empty();
+  };
+  if (j.value("peft_type", "LORA") != "LORA")
+    refuse_config(file, "peft_type", "is " + j["peft_type"].dump());
+  for (const char* key : {"use_dora", "use_qalora", "modules_to_save", "fan_in_fan_out",
+                          "lora_bias", "target_parameters", "trainable_token_indices",
+                          "layer_replication"})
+    if (truthy(key)) refuse_config(file, key, "is set, which moru does not compute");
+  if (const auto bias = j.find("bias"); bias != j.end() && *bias != "none")
+    refuse_config(file, "bias", "trained biases are not computed");
+
+  PeftConfig config;
+  if (const auto alpha = j.find("lora_alpha"); alpha != j.end()) {
+    if (!alpha->is_number()) refuse_config(file, "lora_alpha", "not a number", ErrorKind::bad_input);
+    config.alpha = alpha->get<double>();
+  }
+  config.rank_stabilised = truthy("use_rslora");
+  if (const auto pattern = j.find("alpha_pattern"); pattern != j.end() && pattern->is_object()) {
+    for (const auto& [key, value] : pattern->items()) {
+      if (!value.is_number())
+        refuse_config(file, "alpha_pattern", "not a number", ErrorKind::bad_input);
+      if (key.find_first_of("*+?[](){}|$\\") != std::string::npos)
+        refuse_config(file, "alpha_pattern", fmt::format("regular expression \"{}\"", key));
+      config.alpha_pattern[key.starts_with('^') ? key.substr(1) : key] = value.get<double>();
+    }
+  }
+  return config;
+}
+
+double alpha_of(const PeftConfig& config, const std::string& module) {
+  for (const auto& [end, alpha] : config.alpha_pattern)
+    if (module == end || module.ends_with("." + end)) return alpha;
+  return config.alpha;
+}
+
+void copy_values(const Tensor& tensor, std::span<float> out) {
+  dequantize(tensor.type, tensor.data, out);
+}
+
+// GGUF's llama order of rows within a head (adjacent pairs) to the half-split order of B's rows.
+size_t half_split_row(size_t row, size_t head_dim) {
+  const size_t head = row / head_dim, at = row % head_dim;
+  return head * head_dim + at / 2 + (at % 2) * (head_dim / 2);
+}
+
+}  // namespace
+
+std::vector<Projection> parse_target_modules(std::string_view text) {
+  std::vector<Projection> targets;
+  if (text == "all-linear") {
+    for (size_t p = 0; p < kProjections; ++p) targets.push_back(static_cast<Projection>(p));
+    return targets;
+  }
+  while (!text.empty()) {
+    const size_t comma = std::min(text.find(','), text.size());
+    const std::string_view name = text.substr(0, comma);
+    text.remove_prefix(std::min(comma + 1, text.size()));
+    size_t p = 0;
+    while (p < kProjections && traits(static_cast<Projection>(p)).name != name) ++p;
+    if (p == kProjections)
+      throw Error(ErrorKind::usage, {.where = "--target-modules",
+                                     .what = fmt::format("\"{}\" is no linear layer", name),
+                                     .cure = "all-linear, or of " + names_of_all_targets()});
+    targets.push_back(static_cast<Projection>(p));
+  }
+  if (targets.empty())
+    throw Error(ErrorKind::usage, {.where = "--target-modules",
+                                   .what = "names no layer",
+                                   .cure = "all-linear, or of " + names_of_all_targets()});
+  return targets;
+}
+
+Lora make_lora(const Config& config, const AdapterOptions& options, uint64_t seed) {
+  Lora lora;
+  lora.rank_stabilised = options.rank_stabilised;
+  lora.layers.resize(config.layers);
+  const std::vector<Projection> targets =
+      options.targets.empty() ? parse_target_modules("all-linear") : options.targets;
+  for (LoraLayer& layer : lora.layers) {
+    for (const Projection target : targets) {
+      layer[static_cast<size_t>(target)].rank = options.rank;
+      layer[static_cast<size_t>(target)].alpha = options.alpha;
+    }
+  }
+  lay_out(lora, config);
+  uint64_t stream = 0;
+  for (const LoraLayer& layer : lora.layers) {
+    for (const LoraPair& pair : layer) {
+      Random random(seed, stream++);
+      const float bound = 1 / std::sqrt(static_cast<float>(pair.in));
+      for (float& value : lora.a(pair)) value = (2 * random.uniform() - 1) * bound;
+    }
+  }
+  return lora;
+}
+
+Lora read_peft_adapter(const std::filesystem::path& folder, const Config& config) {
+  const std::filesystem::path config_file = folder / kConfigName;
+  const PeftConfig peft = read_config(config_file);
+  const SafetensorsFolder files(folder, "adapter_model");
+
+  struct Half {
+    const Tensor* a = nullptr;
+    const Tensor* b = nullptr;
+  };
+  std::vector<std::array<Half, kProjections>> halves(config.layers);
+  Lora lora;
+  lora.rank_stabilised = peft.rank_stabilised;
+  lora.layers.resize(config.layers);
+  const auto refuse = [&](const Tensor& tensor, std::string what) {
+    throw Error(ErrorKind::bad_input,
+                {.where = fmt::format("{}: {}", (folder / kWeightsName).string(), tensor.name),
+                 .what = std::move(what),
+                 .cure = "use the adapter with the model that it was trained on"});
+  };
+  for (const Tensor* tensor : files.tensors()) {
+    constexpr std::string_view kA = ".lora_A.weight", kB = ".lora_B.weight";
+    const std::string_view name = tensor->name;
+    const bool is_a = name.ends_with(kA);
+    if (!is_a && !name.ends_with(kB)) refuse(*tensor, "is not a LoRA matrix of a linear layer");
+    const auto place = place_of_module(name.substr(0, name.size() - kA.size()));
+    if (!place || place->layer >= config.layers)
+      refuse(*tensor, "the model has no such linear layer");
+    if (tensor->shape.size() != 2 || !is_float(tensor->type))
+      refuse(*tensor, "is not a matrix of floats");
+    Half& half = halves[place->layer][static_cast<size_t>(place->projection)];
+    (is_a ? half.a : half.b) = tensor;
+    if (!is_a) continue;
+    LoraPair& pair = lora.layers[place->layer][static_cast<size_t>(place->projection)];
+    pair.rank = tensor->shape[0];
+    pair.alpha =
+        static_cast<float>(alpha_of(peft, module_name(place->layer, place->projection)));
+  }
+  lay_out(lora, config);
+  for (size_t l = 0; l < config.layers; ++l) {
+    for (size_t p = 0; p < kProjections; ++p) {
+      const auto [a, b] = halves[l][p];
+      if (a == nullptr && b == nullptr) continue;
+      if (a == nullptr || b == nullptr)
+        refuse(a == nullptr ? *b : *a, "its other half is missing");
+      const LoraPair& pair = lora.layers[l][p];
+      if (a->shape != std::vector{pair.rank, pair.in})
+        refuse(*a, fmt::format("is {} wide, the model {}", a->shape[1], pair.in));
+      if (b->shape != std::vector{pair.out, pair.rank})
+        refuse(*b, fmt::format("is [{}, {}], not [{}, {}]", b->shape[0], b->shape[1], pair.out,
+                               pair.rank));
+      copy_values(*a, lora.a(pair));
+      copy_values(*b, lora.b(pair));
+    }
+  }
+  return lora;
+}
+
+void write_peft_adapter(const std::filesystem::path& folder, const Lora& lora,
+                        const std::string& base_model) {
+  make_folder(folder);
+  std::vector<Tensor> tensors;
+  std::map<std::string, size_t> ranks;
+  std::map<std::string, float> alphas;
+  std::array<bool, kProjections> adapted{};
+  std::vector<size_t> layers;
+  const LoraPair* first = nullptr;
+  for (size_t l = 0; l < lora.layers.size(); ++l) {
+    for (size_t p = 0; p < kProjections; ++p) {
+      const LoraPair& pair = lora.layers[l][p];
+      if (pair.rank == 0) continue;
+      if (first == nullptr) first = &pair;
+      adapted[p] = true;
+      if (layers.empty() || layers.back() != l) layers.push_back(l);
+      const std::string module = module_name(l, static_cast<Projection>(p));
+      if (pair.rank != first->rank) ranks[module] = pair.rank;
+      if (pair.alpha != first->alpha) alphas[module] = pair.alpha;
+      const std::string prefix = "base_model.model." + module;
+      tensors.push_back({prefix + ".lora_A.weight", DType::f32, {pair.rank, pair.in},
+                         std::as_bytes(lora.a(pair))});
+      tensors.push_back({prefix + ".lora_B.weight", DType::f32, {pair.out, pair.rank},
+                         std::as_bytes(lora.b(pair))});
+    }
+  }
+  MORU_CHECK(first != nullptr);
+  // The smallest set of keys: readers take defaults for the rest, old ones refuse what they do not
+  // know.
+  json j = {{"alpha_pattern", alphas},
+            {"base_model_name_or_path", base_model},
+            {"bias", "none"},
+            {"fan_in_fan_out", false},
+            {"inference_mode", true},
+            {"lora_alpha", first->alpha},
+            {"lora_dropout", 0.0},
+            {"peft_type", "LORA"},
+            {"peft_version", "0.13.0"},
+            {"r", first->rank},
+            {"rank_pattern", ranks},
+            {"target_modules", json::array()},
+            {"task_type", "CAUSAL_LM"},
+            {"use_rslora", lora.rank_stabilised}};
+  // PEFT's alpha is an integer by declaration.
+  if (first->alpha == std::floor(first->alpha)) j["lora_alpha"] = static_cast<int64_t>(first->alpha);
+  for (size_t p = 0; p < kProjections; ++p)
+    if (adapted[p]) j["target_modules"].push_back(traits(static_cast<Projection>(p)).name);
+  if (layers.size() != lora.layers.size()) j["layers_to_transform"] = layers;
+  write_safetensors(folder / kWeightsName, tensors, {{"format", "pt"}});
+  write_file(folder / kConfigName, j.dump(2) + "\n");
+}
+
+void merged_values(const ModelFiles& files, const Lora& lora, const Tensor& tensor,
+                   std::span<float> out) {
+  dequantize(tensor.type, tensor.data, out);
+  const auto place = place_of_gguf_name(tensor.name);
+  if (!place) return;
+  const LoraPair& pair = lora.layers.at(place->layer)[static_cast<size_t>(place->projection)];
+  if (pair.rank == 0) return;
+  MORU_CHECK(out.size() == pair.in * pair.out);
+  const bool turned = files.qk_interleaved && place->projection <= Projection::k;
+  const std::span<const float> a = lora.a(pair), b = lora.b(pair);
+  for (size_t row = 0; row < pair.out; ++row) {
+    const size_t from = turned ? half_split_row(row, files.config.head_dim) : row;
+    float* w = out.data() + row * pair.in;
+    for (size_t i = 0; i < pair.rank; ++i) {
+      const float factor = pair.scale * b[from * pair.rank + i];
+      const float* line = a.data() + i * pair.in;
+      for (size_t j = 0; j < pair.in; ++j) w[j] += factor * line[j];
+    }
+  }
+}
+
+namespace {
+
+// Tensors on their way to a file, spilled to disk so that memory holds one at a time.
+class Spill {
+ public:
+  explicit Spill(const std::filesystem::path& target) : path_(target.string() + ".values") {}
+  ~Spill() {
+    std::error_code ignored;
+    std::filesystem::remove(path_, ignored);
+  }
+  Spill(const Spill&) = delete;
+  Spill& operator=(const Spill&) = delete;
+
+  void add(std::string name, DType type, std::vector<size_t> shape, std::span<const float> values) {
+    Tensor tensor{std::move(name), type, std::move(shape), {}};
+    bytes_.resize(bytes_of(type, values.size()));
+    if (type == DType::f32) {
+      std::memcpy(bytes_.data(), values.data(), bytes_.size());
+    } else {
+      auto* out = reinterpret_cast<uint16_t*>(bytes_.data());
+      for (size_t i = 0; i < values.size(); ++i)
+        out[i] = type == DType::bf16 ? bf16_from_f32(values[i]) : f16_from_f32(values[i]);
+    }
+    if (!out_) out_.emplace(path_);
+    offsets_.push_back(out_->size());
+    out_->write(bytes_);
+    sizes_.push_back(bytes_.size());
+    tensors_.push_back(std::move(tensor));
+  }
+  // All of them, with their data; valid while the object lives.
+  std::span<const Tensor> finish() {
+    if (!out_) return {};
+    out_->commit();
+    mapped_.emplace(path_);
+    for (size_t i = 0; i < tensors_.size(); ++i)
+      tensors_[i].data = mapped_->bytes().subspan(offsets_[i], sizes_[i]);
+    return tensors_;
+  }
+
+ private:
+  std::filesystem::path path_;
+  std::optional<AtomicFile> out_;
+  std::optional<MappedFile> mapped_;
+  std::vector<std::byte> bytes_;
+  std::vector<size_t> offsets_, sizes_;
+  std::vector<Tensor> tensors_;
+};
+
+// Whether rows of this tensor turn with the rotary pairs: q and k, weights and biases.
+bool is_q_or_k(std::string_view name) {
+  return name.find(".attn_q.") != std::string_view::npos ||
+         name.find(".attn_k.") != std::string_view::npos;
+}
+
+// Rows in half-split order to GGUF llama's order of adjacent pairs.
+void interleave_rows(std::vector<float>& values, size_t rows, size_t head_dim) {
+  const std::vector<float> from = values;
+  const size_t cols = values.size() / rows;
+  for (size_t row = 0; row < rows; ++row)
+    std::copy_n(from.begin() + static_cast<std::ptrdiff_t>(half_split_row(row, head_dim) * cols),
+                cols, values.begin() + static_cast<std::ptrdiff_t>(row * cols));
+}
+
+}  // namespace
+
+void write_merged_gguf(const std::filesystem::path& path, const ModelFiles& files, const Lora& lora,
+                       DType type) {
+  const bool turn = !files.qk_interleaved && interleaves_qk(family_of_gguf(files.metadata));
+  Spill spill(path);
+  std::vector<float> values;
+  for (const Tensor& tensor : files.tensors) {
+    values.resize(tensor.count());
+    merged_values(files, lora, tensor, values);
+    const bool matrix = tensor.shape.size() > 1;
+    if (turn && is_q_or_k(tensor.name))
+      interleave_rows(values, tensor.shape[0], files.config.head_dim);
+    if (files.norm_offset != 0 && tensor.name.ends_with("norm.weight"))
+      for (float& value : values) value += files.norm_offset;
+    spill.add(tensor.name, matrix ? type : DType::f32, tensor.shape, values);
+  }
+  // general.file_type as ggml counts it.
+  GgufMetadata metadata = files.metadata;
+  const uint32_t file_type = type == DType::f32 ? 0 : type == DType::f16 ? 1 : 32;
+  metadata.set("general.file_type", GgufScalar{file_type});
+  write_gguf(path, metadata, spill.finish());
+}
+
+void write_merged_folder(const std::filesystem::path& folder, const ModelFiles& files,
+                         const Lora& lora, DType type) {
+  if (!files.folder)
+    throw Error(ErrorKind::unsupported,
+                {.where = files.path.string(),
+                 .what = "is a GGUF file, from which no Hugging Face folder can be made whole",
+                 .cure = "merge to GGUF, or tune the model's Hugging Face folder"});
+  make_folder(folder);
+  const Family& family = family_of_gguf(files.metadata);
+  Spill spill(folder / "model");
+  std::vector<float> values;
+  for (const Tensor& tensor : files.tensors) {
+    values.resize(tensor.count());
+    merged_values(files, lora, tensor, values);
+    spill.add(folder_name_of(family, tensor.name), type, tensor.shape, values);
+  }
+  constexpr size_t kShardBytes = size_t{5} << 30;
+  write_safetensors_folder(folder, spill.finish(), kShardBytes);
+  for (const auto& entry : std::filesystem::directory_iterator(files.path)) {
+    const std::string name = entry.path().filename().string();
+    if (!entry.is_regular_file() || name.ends_with(".safetensors") || name.ends_with(".bin") ||
+        name.ends_with(".index.json") || name == "config.json")
+      continue;
+    write_file(folder / name, read_file(entry.path()));
+  }
+  nlohmann::ordered_json config =
+      nlohmann::ordered_json::parse(read_file(files.path / "config.json"));
+  config.erase("torch_dtype");
+  config["dtype"] = type == DType::f32 ? "float32" : type == DType::f16 ? "float16" : "bfloat16";
+  write_file(folder / "config.json", config.dump(2) + "\n");
+}
+
+}  // namespace moru

@@ -1,0 +1,52 @@
+// LoRA adapters as files: new ones, PEFT folders in and out, and merging into the base model.
+//
+// PEFT: adapter_config.json beside adapter_model.safetensors, whose tensors are named
+// base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight [r, in] and lora_B.weight [out, r].
+#pragma once
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "engine/lora.h"
+#include "engine/model_files.h"
+
+namespace moru {
+
+struct AdapterOptions {
+  size_t rank = 16;
+  float alpha = 32;
+  bool rank_stabilised = false;     // PEFT's use_rslora
+  std::vector<Projection> targets;  // empty: all seven
+};
+
+// "all-linear", or PEFT's names separated by commas: "q_proj,v_proj". Error: usage.
+std::vector<Projection> parse_target_modules(std::string_view text);
+
+// A new adapter: A uniform within ±1/√in (Kaiming, a = √5), another stream of the seed for each
+// tensor; B = 0, so that it changes nothing yet.
+Lora make_lora(const Config& config, const AdapterOptions& options, uint64_t seed);
+
+// Reads a PEFT folder for a model of this shape. Errors: not_found; bad_input (a tensor that does
+// not fit the model, half a pair); unsupported (DoRA, trained biases or whole modules).
+Lora read_peft_adapter(const std::filesystem::path& folder, const Config& config);
+// `base_model`: what adapter_config.json names as the base. Errors: io, no_space.
+void write_peft_adapter(const std::filesystem::path& folder, const Lora& lora,
+                        const std::string& base_model);
+
+// One tensor of `files` as f32, W + s·B·A where the adapter has a pair for it, rows in the file's
+// own order. out: [count of the tensor].
+void merged_values(const ModelFiles& files, const Lora& lora, const Tensor& tensor,
+                   std::span<float> out);
+
+// The merged model as one GGUF: every matrix in `type` (f32, f16 or bf16), vectors in f32. Runs in
+// whatever runs the base model. Errors: io, no_space.
+void write_merged_gguf(const std::filesystem::path& path, const ModelFiles& files, const Lora& lora,
+                       DType type);
+// The merged model as a Hugging Face folder, its other files copied. Error: unsupported where the
+// base is not a folder itself.
+void write_merged_folder(const std::filesystem::path& folder, const ModelFiles& files,
+                         const Lora& lora, DType type);
+
+}  // namespace moru

@@ -1,0 +1,114 @@
+// Training data: rows of a file become token ids and a mask of what is to be learnt, through the
+// very template and tokenizer that serve the model.
+//
+// Formats, told apart row by row: {prompt, completion} (texts or message lists), {messages},
+// {conversations} (ShareGPT), {instruction, input, output} (Alpaca), {text}, and any two columns
+// that are named. A conversation's answers are found by rendering it up to each answer and taking
+// what the answer adds, so templates need no marks. The token that ends a turn is learnt too: a
+// model that never learns it never stops.
+#pragma once
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/model_files.h"
+#include "engine/prompt.h"  // kPlainTemplate
+#include "engine/training.h"
+#include "formats/records.h"
+
+namespace moru {
+
+enum class Truncation {
+  keep_start,  // the end is cut off
+  keep_end,    // the start is, after BOS: answers stay whole
+};
+
+struct DataOptions {
+  // "{prompt}\n{completion}": a plain rendering instead of the model's chat template. Empty: the
+  // chat template, or kPlainTemplate for a model that has none.
+  std::string plain_template;
+  std::string system;              // put before conversations that have no system message
+  std::string prompt_column, completion_column;  // both or neither
+  size_t max_length = 1024;        // tokens
+  Truncation truncation = Truncation::keep_start;
+  bool last_turn_only = false;     // learn the last answer of a conversation, not all
+};
+
+// One document, ready to be learnt.
+struct Example {
+  std::vector<TokenId> ids;
+  std::vector<uint8_t> trained;    // 1: this token is learnt from those before it
+  uint64_t line = 0;               // of the file
+  uint64_t hash = 0;               // of the prompt's text: equal prompts stay on one side of a split
+
+  size_t trained_tokens() const;   // those with something before them
+};
+
+struct DataCounts {
+  uint64_t rows = 0;               // read
+  uint64_t truncated = 0;          // cut to max_length
+  uint64_t without_answer = 0;     // nothing left to learn: dropped
+  uint64_t bad = 0;                // not understood: dropped; see problems
+  uint64_t split_by_turn = 0;      // conversations whose template rewrites earlier turns
+  uint64_t without_end = 0;        // no stop token after the answer: EOS was added
+};
+
+struct Dataset {
+  std::vector<Example> examples;
+  DataCounts counts;
+  std::vector<RowProblem> problems;
+
+  uint64_t tokens() const;
+  uint64_t trained_tokens() const;
+};
+
+// Renders and tokenises. Makes examples of single rows, for files and for callers with rows in hand.
+class ExampleMaker {
+ public:
+  // `files` must outlive it. Error: usage, for a template without {completion}.
+  ExampleMaker(const ModelFiles& files, DataOptions options);
+  // Appends the examples of one row to `into`, or a problem.
+  void add(const Row& row, Dataset& into) const;
+
+ private:
+  struct Segment {
+    std::string text;
+    bool learnt;
+  };
+  void add_segments(std::span<const Segment> segments, uint64_t line, uint64_t hash,
+                    Dataset& into) const;
+  void add_conversation(const nlohmann::ordered_json& messages, const nlohmann::ordered_json& tools,
+                        uint64_t line, Dataset& into) const;
+  std::string render(const nlohmann::ordered_json& messages, const nlohmann::ordered_json& tools,
+                     bool add_generation_prompt) const;
+
+  const ModelFiles* files_;
+  DataOptions options_;
+  std::vector<bool> stops_;  // by id
+};
+
+// Errors: those of RecordReader; bad_input when no row of the file can be used.
+Dataset load_dataset(const std::filesystem::path& path, const ModelFiles& files,
+                     const DataOptions& options);
+
+// Moves the examples whose prompt's hash falls in the last `fraction` of all hashes to the second
+// set: the same rows whatever else the file holds. At least one goes if fraction > 0 and there are
+// two prompts.
+struct Split {
+  std::vector<Example> train, validation;
+};
+Split split_by_hash(std::vector<Example> examples, double fraction);
+
+// The order of one epoch, a permutation of [0, count).
+std::vector<uint32_t> epoch_order(size_t count, uint64_t seed, uint64_t epoch);
+
+// Deals documents of these lengths to as few batches as best-fit decreasing finds, each at most
+// `capacity` tokens (longer documents get a batch of their own). Lists indices into `lengths`.
+std::vector<std::vector<uint32_t>> pack(std::span<const size_t> lengths, size_t capacity);
+
+}  // namespace moru

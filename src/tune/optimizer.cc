@@ -1,0 +1,98 @@
+#include "tune/optimizer.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <numbers>
+#include <string>
+
+#include "base/error.h"
+
+namespace moru {
+namespace {
+
+constexpr size_t kTile = 16384;
+size_t tiles(size_t count) { return (count + kTile - 1) / kTile; }
+
+struct ScheduleRow {
+  std::string_view name;
+  Schedule schedule;
+};
+constexpr std::array<ScheduleRow, 5> kSchedules = {{
+    {"constant", Schedule::constant},
+    {"constant_with_warmup", Schedule::constant},
+    {"linear", Schedule::linear},
+    {"cosine", Schedule::cosine},
+    {"cosine_with_min_lr", Schedule::cosine_with_min_lr},
+}};
+
+}  // namespace
+
+void AdamW::step(Pool& pool, std::span<float> p, std::span<const float> g, double lr,
+                 double gradient_scale) {
+  MORU_CHECK(p.size() == m.size() && g.size() == m.size());
+  ++steps;
+  const double t = static_cast<double>(steps);
+  const auto decay = static_cast<float>(1 - lr * options.weight_decay);
+  const auto step_size = static_cast<float>(lr / (1 - std::pow(options.beta1, t)));
+  const auto root = static_cast<float>(std::sqrt(1 - std::pow(options.beta2, t)));
+  const auto beta1 = static_cast<float>(options.beta1), beta2 = static_cast<float>(options.beta2);
+  const auto rest1 = static_cast<float>(1 - options.beta1);
+  const auto rest2 = static_cast<float>(1 - options.beta2);
+  const auto eps = static_cast<float>(options.eps), scale = static_cast<float>(gradient_scale);
+  pool.each(tiles(p.size()), [&](size_t tile) {
+    const size_t last = std::min((tile + 1) * kTile, p.size());
+    for (size_t i = tile * kTile; i < last; ++i) {
+      const float gi = g[i] * scale;
+      m[i] = beta1 * m[i] + rest1 * gi;
+      v[i] = beta2 * v[i] + rest2 * gi * gi;
+      p[i] = p[i] * decay - step_size * m[i] / (std::sqrt(v[i]) / root + eps);
+    }
+  });
+}
+
+double global_norm(Pool& pool, std::span<const float> g) {
+  std::vector<double> sums(tiles(g.size()), 0.0);
+  pool.each(sums.size(), [&](size_t tile) {
+    const size_t last = std::min((tile + 1) * kTile, g.size());
+    double sum = 0;
+    for (size_t i = tile * kTile; i < last; ++i) sum += double{g[i]} * double{g[i]};
+    sums[tile] = sum;
+  });
+  double sum = 0;
+  for (const double part : sums) sum += part;
+  return std::sqrt(sum);
+}
+
+double clip_scale(double norm, double max_norm) {
+  return max_norm > 0 ? std::min(1.0, max_norm / (norm + 1e-6)) : 1.0;
+}
+
+double schedule_factor(const ScheduleOptions& o, uint64_t step) {
+  if (step < o.warmup) return static_cast<double>(step) / static_cast<double>(o.warmup);
+  if (o.kind == Schedule::constant) return 1;
+  const double span = static_cast<double>(std::max<uint64_t>(1, o.total - std::min(o.warmup, o.total)));
+  const double progress = static_cast<double>(step - o.warmup) / span;
+  if (o.kind == Schedule::linear) return std::max(0.0, 1 - progress);
+  const double cosine = std::max(0.0, 0.5 * (1 + std::cos(std::numbers::pi * progress)));
+  return o.kind == Schedule::cosine ? cosine : cosine * (1 - o.min_ratio) + o.min_ratio;
+}
+
+Schedule parse_schedule(std::string_view name) {
+  for (const ScheduleRow& row : kSchedules)
+    if (row.name == name) return row.schedule;
+  throw Error(ErrorKind::usage,
+              {.where = "--lr-scheduler-type",
+               .what = fmt::format("\"{}\" is no schedule", name),
+               .cure = "use constant, linear, cosine or cosine_with_min_lr"});
+}
+
+std::string_view name_of(Schedule schedule) {
+  for (const ScheduleRow& row : kSchedules)
+    if (row.schedule == schedule) return row.name;
+  MORU_CHECK(false);
+}
+
+}  // namespace moru

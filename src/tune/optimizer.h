@@ -1,0 +1,53 @@
+// AdamW, gradient clipping and learning-rate schedules, as torch.optim and transformers define
+// them. Every sum runs in a fixed order.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "base/threads.h"
+
+namespace moru {
+
+struct AdamWOptions {
+  double beta1 = 0.9, beta2 = 0.999;
+  double eps = 1e-8;
+  double weight_decay = 0;
+};
+
+// Decoupled weight decay (arXiv:1711.05101), step t from 1:
+//   p ← p·(1 − lr·wd)   m ← β1·m + (1 − β1)·g   v ← β2·v + (1 − β2)·g²
+//   p ← p − lr/(1 − β1ᵗ) · m / (√v/√(1 − β2ᵗ) + eps)
+struct AdamW {
+  AdamWOptions options;
+  std::vector<float> m, v;
+  uint64_t steps = 0;
+
+  explicit AdamW(size_t parameters, const AdamWOptions& chosen = {})
+      : options(chosen), m(parameters, 0.0f), v(parameters, 0.0f) {}
+  // g is multiplied by `gradient_scale` first (clipping).
+  void step(Pool& pool, std::span<float> p, std::span<const float> g, double lr,
+            double gradient_scale = 1);
+};
+
+// √Σ g², tiles of fixed size summed in double and in order. NaN and infinity pass through.
+double global_norm(Pool& pool, std::span<const float> g);
+// What clip_grad_norm_ multiplies by: min(1, max_norm / (norm + 1e-6)); max_norm 0 does not clip.
+double clip_scale(double norm, double max_norm);
+
+enum class Schedule { constant, linear, cosine, cosine_with_min_lr };
+struct ScheduleOptions {
+  Schedule kind = Schedule::cosine;
+  uint64_t warmup = 0, total = 1;  // steps
+  double min_ratio = 0.1;          // of cosine_with_min_lr: its end over its peak
+};
+// The factor on the learning rate at `step`, from 0: step / warmup first, so the very first step of
+// a warm-up moves nothing, as in transformers; then the schedule's own curve.
+double schedule_factor(const ScheduleOptions& options, uint64_t step);
+// "constant" (or "constant_with_warmup"), "linear", "cosine", "cosine_with_min_lr". Error: usage.
+Schedule parse_schedule(std::string_view name);
+std::string_view name_of(Schedule schedule);
+
+}  // namespace moru

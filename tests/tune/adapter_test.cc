@@ -1,0 +1,249 @@
+#include "tune/adapter.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "base/files.h"
+#include "engine/training.h"
+#include "formats/safetensors.h"
+#include "support.h"
+#include "tune/optimizer.h"
+
+using namespace moru;
+
+namespace {
+
+const std::filesystem::path kGolden = MORU_SOURCE_DIR "/tests/golden/tune";
+constexpr const char* kModels[] = {"llama", "llama_bias", "gemma3"};
+
+Model load(Pool& pool, const std::filesystem::path& path) {
+  return load_model(pool, open_model(path), {.profile = Profile::f32, .context = 64});
+}
+
+// Losses of every token after the first, with an adapter or, where it is empty, without.
+std::vector<float> losses(Pool& pool, const Model& model, const Lora& lora,
+                          const std::vector<int32_t>& ids) {
+  TrainingBatch batch;
+  batch.append(ids, std::vector<uint8_t>(ids.size(), 1));
+  LoraTraining training(pool, model, lora, {.tokens = ids.size()});
+  std::vector<float> nll(ids.size());
+  training.evaluate(batch, nll);
+  nll.pop_back();
+  return nll;
+}
+
+Lora no_adapter(const Config& config) {
+  Lora lora;
+  lora.layers.resize(config.layers);
+  lay_out(lora, config);
+  return lora;
+}
+
+std::vector<int32_t> some_ids(size_t count) {
+  std::vector<int32_t> ids;
+  for (size_t i = 0; i < count; ++i) ids.push_back(static_cast<int32_t>(i * 21 % 256));
+  return ids;
+}
+
+Lora shaken(const Config& config, bool rank_stabilised = false) {
+  Lora lora = make_lora(config, {.rank = 3, .alpha = 7, .rank_stabilised = rank_stabilised,
+                                 .targets = {}}, 1);
+  for (size_t i = 0; i < lora.values.size(); ++i)
+    lora.values[i] += 0.05f * std::sin(static_cast<float>(i));
+  return lora;
+}
+
+void check_close(const std::vector<float>& x, const std::vector<float>& y, double tolerance) {
+  REQUIRE(x.size() == y.size());
+  for (size_t i = 0; i < x.size(); ++i)
+    CHECK(std::abs(double{x[i]} - double{y[i]}) < tolerance);
+}
+
+}  // namespace
+
+TEST_CASE("a new adapter changes nothing and no two tensors are alike") {
+  const ModelFiles files = open_model(kGolden / "llama");
+  const Lora lora = make_lora(files.config, {.rank = 8, .alpha = 16, .targets = {}}, 42);
+  std::set<float> firsts;
+  for (const LoraLayer& layer : lora.layers) {
+    for (const LoraPair& pair : layer) {
+      CHECK(pair.scale == 2);
+      const auto a = lora.a(pair), b = lora.b(pair);
+      CHECK(std::all_of(b.begin(), b.end(), [](float x) { return x == 0; }));
+      const float bound = 1 / std::sqrt(static_cast<float>(pair.in));
+      double sum = 0, squares = 0;
+      for (const float x : a) {
+        CHECK(std::abs(x) <= bound);
+        sum += double{x};
+        squares += double{x} * double{x};
+      }
+      const auto n = static_cast<double>(a.size());
+      // Mean 0 and variance bound²/3, within 5 standard errors.
+      CHECK(std::abs(sum / n) < 5 * double{bound} / std::sqrt(3 * n));
+      CHECK(squares / n == doctest::Approx(double{bound * bound} / 3).epsilon(0.25));
+      firsts.insert(a[0]);
+    }
+  }
+  CHECK(firsts.size() == lora.layers.size() * kProjections);
+  CHECK(make_lora(files.config, {.rank = 8, .alpha = 16, .targets = {}}, 42).values == lora.values);
+  CHECK(make_lora(files.config, {.rank = 8, .alpha = 16, .targets = {}}, 43).values != lora.values);
+}
+
+TEST_CASE("target modules are read as PEFT spells them") {
+  CHECK(parse_target_modules("all-linear").size() == kProjections);
+  CHECK(parse_target_modules("q_proj,v_proj") ==
+        std::vector{Projection::q, Projection::v});
+  for (const char* wrong : {"", "qproj", "lm_head", "q_proj;v_proj"}) {
+    CAPTURE(wrong);
+    CHECK(error_from([&] { parse_target_modules(wrong); }).kind() == ErrorKind::usage);
+  }
+}
+
+TEST_CASE("a PEFT folder comes back with the same numbers and scales") {
+  for (const char* name : kModels) {
+    CAPTURE(name);
+    const Config config = open_model(kGolden / name).config;
+    const Lora read = read_peft_adapter(kGolden / name / "start", config);
+    CHECK(read.layers[0][0].rank == 4);
+    CHECK(read.layers[0][0].scale == 2);
+    CHECK(read.layers[0][1].rank == 0);
+    const TempDir dir;
+    write_peft_adapter(dir.path(), read, name);
+    const Lora again = read_peft_adapter(dir.path(), config);
+    CHECK(again.values == read.values);
+    const SafetensorsFolder ours(dir.path(), "adapter_model"),
+        theirs(kGolden / name / "start", "adapter_model");
+    REQUIRE(ours.tensors().size() == theirs.tensors().size());
+    for (const Tensor* t : theirs.tensors()) {
+      const Tensor* found = ours.find(t->name);
+      REQUIRE(found != nullptr);
+      CHECK(found->shape == t->shape);
+      CHECK(std::ranges::equal(found->data, t->data));
+    }
+  }
+}
+
+TEST_CASE("different ranks, a rank-stabilised scale and single layers survive the folder") {
+  const Config config = open_model(kGolden / "gemma3").config;
+  Lora lora;
+  lora.rank_stabilised = true;
+  lora.layers.resize(config.layers);
+  lora.layers[0][0] = {.rank = 4, .alpha = 8};
+  lora.layers[2][6] = {.rank = 9, .alpha = 3};
+  lay_out(lora, config);
+  for (size_t i = 0; i < lora.values.size(); ++i) lora.values[i] = static_cast<float>(i);
+  const TempDir dir;
+  write_peft_adapter(dir.path(), lora, "base");
+  const Lora again = read_peft_adapter(dir.path(), config);
+  CHECK(again.values == lora.values);
+  CHECK(again.layers[0][0].scale == 4);
+  CHECK(again.layers[2][6].scale == 1);
+}
+
+TEST_CASE("adapters that moru does not compute, or of another model, are refused by name") {
+  const Config config = open_model(kGolden / "llama").config;
+  const auto refusal = [&](const std::filesystem::path& folder) {
+    return error_from([&] { read_peft_adapter(folder, config); });
+  };
+  CHECK(refusal(kGolden / "gemma3" / "start").kind() == ErrorKind::bad_input);
+  CHECK(refusal(kGolden / "none").kind() == ErrorKind::not_found);
+  const std::pair<const char*, const char*> changes[] = {
+      {"use_dora", "true"}, {"bias", "\"all\""}, {"modules_to_save", "[\"lm_head\"]"},
+      {"peft_type", "\"IA3\""}};
+  for (const auto& [key, value] : changes) {
+    CAPTURE(key);
+    const TempDir dir;
+    nlohmann::json j = nlohmann::json::parse(read_file(kGolden / "llama/start/adapter_config.json"));
+    j[key] = nlohmann::json::parse(value);
+    dir.file("adapter_config.json", j.dump());
+    dir.file("adapter_model.safetensors",
+             read_file(kGolden / "llama/start/adapter_model.safetensors"));
+    const Error e = refusal(dir.path());
+    CHECK(e.kind() == ErrorKind::unsupported);
+    CHECK(e.where().find(key) != std::string::npos);
+  }
+}
+
+TEST_CASE("a merged model computes what base and adapter compute together") {
+  Pool pool(2);
+  for (const char* name : kModels) {
+    for (const bool rank_stabilised : {false, true}) {
+      CAPTURE(name);
+      const ModelFiles files = open_model(kGolden / name);
+      const Model base = load(pool, kGolden / name);
+      const Lora lora = shaken(base.config, rank_stabilised);
+      const std::vector<int32_t> ids = some_ids(30);
+      const std::vector<float> wanted = losses(pool, base, lora, ids);
+      const TempDir dir;
+
+      // A GGUF keeps llama's q and k in pairs, so this passes through both row orders.
+      write_merged_gguf(dir.path() / "m.gguf", files, lora, DType::f32);
+      const Model from_gguf = load(pool, dir.path() / "m.gguf");
+      check_close(losses(pool, from_gguf, no_adapter(base.config), ids), wanted, 2e-5);
+
+      write_merged_folder(dir.path() / "hf", files, lora, DType::f32);
+      const Model from_folder = load(pool, dir.path() / "hf");
+      check_close(losses(pool, from_folder, no_adapter(base.config), ids), wanted, 2e-5);
+
+      // And an adapter on the GGUF of the base, whose rows stand in the other order.
+      write_merged_gguf(dir.path() / "base.gguf", files, no_adapter(base.config), DType::f32);
+      const ModelFiles base_gguf = open_model(dir.path() / "base.gguf");
+      write_merged_gguf(dir.path() / "again.gguf", base_gguf, lora, DType::f32);
+      const Model again = load(pool, dir.path() / "again.gguf");
+      check_close(losses(pool, again, no_adapter(base.config), ids), wanted, 2e-5);
+      CHECK(error_from([&] { write_merged_folder(dir.path() / "no", base_gguf, lora, DType::f32); })
+                .kind() == ErrorKind::unsupported);
+    }
+  }
+}
+
+TEST_CASE("50 steps follow PEFT's, and the merged model gives its logits") {
+  Pool pool(2);
+  for (const char* name : kModels) {
+    CAPTURE(name);
+    const ModelFiles files = open_model(kGolden / name);
+    const Model model = load(pool, kGolden / name);
+    Lora lora = read_peft_adapter(kGolden / name / "start", model.config);
+    const auto j = nlohmann::json::parse(read_file(kGolden / name / "trajectory.json"));
+    LoraTraining training(pool, model, lora, {.tokens = 64});
+    AdamW adamw(lora.values.size(), {.weight_decay = j["weight_decay"]});
+    double drift = 0;
+    for (size_t step = 0; step < j["steps"].size(); ++step) {
+      CAPTURE(step);
+      const auto& set = j["sets"][step % j["sets"].size()];
+      TrainingBatch batch;
+      for (const auto& d : set)
+        batch.append(d["ids"].get<std::vector<int32_t>>(), d["trained"].get<std::vector<uint8_t>>());
+      const auto learnt = static_cast<double>(batch.trained());
+      training.clear_gradients();
+      const double loss = training.accumulate(batch, static_cast<float>(1 / learnt)) / learnt;
+      const double norm = global_norm(pool, training.gradients());
+      adamw.step(pool, lora.values, training.gradients(), j["lr"],
+                 clip_scale(norm, j["max_grad_norm"]));
+      CHECK(std::abs(loss - j["steps"][step]["loss"].get<double>()) < 1e-3);
+      CHECK(std::abs(norm - j["steps"][step]["grad_norm"].get<double>()) < 1e-1);
+      drift += loss - j["steps"][step]["loss"].get<double>();
+    }
+    CHECK(std::abs(drift / 50) < 1e-5);  // a one-sided shift would betray a wrong sum
+
+    const TempDir dir;
+    write_merged_gguf(dir.path() / "m.gguf", files, lora, DType::f32);
+    const Model merged = load(pool, dir.path() / "m.gguf");
+    const SafetensorsFile file(kGolden / name / "merged_logits.safetensors");
+    const Tensor &ids = *file.find("ids"), &logits = *file.find("logits");
+    std::vector<int32_t> tokens(ids.count());
+    std::memcpy(tokens.data(), ids.data.data(), ids.data.size());
+    std::vector<float> expected(logits.count());
+    dequantize(logits.type, logits.data, expected);
+    const std::vector<float> found = losses(pool, merged, no_adapter(model.config), tokens);
+    const size_t vocab = logits.shape[1];
+    for (size_t i = 0; i + 1 < tokens.size(); ++i) {
+      const Floats row(expected.data() + i * vocab, vocab);
+      const float nll = log_sum_exp(row) - row[static_cast<size_t>(tokens[i + 1])];
+      CHECK(found[i] == doctest::Approx(nll).epsilon(1e-3));
+    }
+  }
+}

@@ -1,0 +1,208 @@
+#include "tune/data.h"
+
+#include <algorithm>
+#include <numeric>
+#include <set>
+
+#include "support.h"
+
+using namespace moru;
+
+namespace {
+
+// A byte-level vocabulary with ChatML's control tokens and template.
+const ModelFiles& model() {
+  static const ModelFiles files = open_model(MORU_SOURCE_DIR "/tests/golden/tune/llama");
+  return files;
+}
+
+// The text of an example with what is learnt in brackets.
+std::string marked(const Example& e) {
+  std::string out;
+  for (size_t at = 0; at < e.ids.size();) {
+    size_t end = at;
+    while (end < e.ids.size() && e.trained[end] == e.trained[at]) ++end;
+    const std::string text =
+        model().tokenizer.decode(std::span(e.ids).subspan(at, end - at), true);
+    out += e.trained[at] != 0 ? "[" + text + "]" : text;
+    at = end;
+  }
+  return out;
+}
+
+Dataset made(const std::string& json, const DataOptions& options = {}) {
+  Dataset data;
+  ExampleMaker(model(), options).add({7, nlohmann::ordered_json::parse(json)}, data);
+  return data;
+}
+
+std::string rendered(const std::string& json, const DataOptions& options = {}) {
+  const Dataset data = made(json, options);
+  REQUIRE_MESSAGE(data.examples.size() == 1, json);
+  return marked(data.examples[0]);
+}
+
+const std::string kPair =
+    "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n[An anvil.<|im_end|>]";
+
+}  // namespace
+
+TEST_CASE("every format of pairs gives the same example") {
+  for (const char* row : {
+           R"({"prompt": "What is it?", "completion": "An anvil."})",
+           R"({"prompt": [{"role": "user", "content": "What is it?"}],
+               "completion": [{"role": "assistant", "content": "An anvil."}]})",
+           R"({"messages": [{"role": "user", "content": "What is it?"},
+                            {"role": "assistant", "content": "An anvil."}]})",
+           R"({"conversations": [{"from": "human", "value": "What is it?"},
+                                 {"from": "gpt", "value": "An anvil."}]})",
+           R"({"instruction": "What is it?", "input": "", "output": "An anvil."})"})
+    CHECK(rendered(row) == kPair);
+  CHECK(rendered(R"({"text": "What is it?", "category": "An anvil."})",
+                 {.prompt_column = "text", .completion_column = "category"}) == kPair);
+}
+
+TEST_CASE("instructions with an input, a history and a system text keep them all") {
+  CHECK(rendered(R"({"instruction": "Add.", "input": "1 2", "output": "3", "system": "Count.",
+                     "history": [["Hi", "Ho"]]})") ==
+        "<|im_start|>system\nCount.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n[Ho<|im_end|>]\n<|im_start|>user\nAdd.\n1 2<|im_end|>\n"
+        "<|im_start|>assistant\n[3<|im_end|>]");
+}
+
+TEST_CASE("all answers of a conversation are learnt, or the last alone") {
+  const char* row = R"({"messages": [
+      {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+      {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"},
+      {"role": "user", "content": "never answered"}]})";
+  const std::string user = "<|im_start|>user\n", assistant = "<|im_start|>assistant\n";
+  CHECK(rendered(row) == user + "a<|im_end|>\n" + assistant + "[b<|im_end|>]\n" + user +
+                             "c<|im_end|>\n" + assistant + "[d<|im_end|>]");
+  CHECK(rendered(row, {.last_turn_only = true}) ==
+        user + "a<|im_end|>\n" + assistant + "b<|im_end|>\n" + user + "c<|im_end|>\n" + assistant +
+            "[d<|im_end|>]");
+}
+
+TEST_CASE("a plain template is rendered as it stands and ends with EOS") {
+  CHECK(rendered(R"({"prompt": "2+2", "completion": "4"})",
+                 {.plain_template = "Q: {prompt}\nA: {completion}"}) ==
+        "Q: 2+2\nA: [4<|im_end|>]");
+  CHECK(error_from([] {
+          ExampleMaker(model(), {.plain_template = "{prompt}"});
+        }).kind() == ErrorKind::usage);
+  CHECK(rendered(R"({"text": "all of it"})") == "[all of it<|im_end|>]");
+}
+
+TEST_CASE("the ids of a prompt are those that the model is asked with") {
+  // "An anvil" alone would merge otherwise than after a newline with a space; the prompt's ids
+  // must be a start of the example's.
+  const Dataset data = made(R"({"prompt": "the other", "completion": "then"})");
+  const std::vector<TokenId> asked = model().tokenizer.encode(
+      "<|im_start|>user\nthe other<|im_end|>\n<|im_start|>assistant\n");
+  const Example& e = data.examples.at(0);
+  REQUIRE(e.ids.size() > asked.size());
+  CHECK(std::equal(asked.begin(), asked.end(), e.ids.begin()));
+  CHECK(e.trained[asked.size() - 1] == 0);
+  CHECK(e.trained[asked.size()] == 1);
+}
+
+TEST_CASE("long rows are cut as asked and rows left without an answer are counted") {
+  const char* row = R"({"prompt": "0123456789", "completion": "abcdef"})";
+  const DataOptions plain{.plain_template = "{prompt}{completion}", .max_length = 12};
+  CHECK(rendered(row, plain) == "0123456789[ab]");
+  DataOptions keep_end = plain;
+  keep_end.truncation = Truncation::keep_end;
+  CHECK(rendered(row, keep_end) == "56789[abcdef<|im_end|>]");
+  DataOptions short_rows = plain;
+  short_rows.max_length = 10;
+  const Dataset data = made(row, short_rows);
+  CHECK(data.examples.empty());
+  CHECK(data.counts.without_answer == 1);
+  CHECK(data.counts.truncated == 1);
+}
+
+TEST_CASE("a cut never falls inside a character") {
+  // Each Hangul syllable is three byte tokens.
+  for (const size_t length : {4, 5, 6}) {
+    const Dataset data = made(R"({"prompt": "x", "completion": "모루모루"})",
+                              {.plain_template = "{prompt}{completion}", .max_length = length});
+    CHECK(data.examples.at(0).ids.size() == 4);
+  }
+}
+
+TEST_CASE("rows that are no pairs are told by line and field, and do not stop the others") {
+  for (const char* row : {R"({"question": "?"})", R"({"messages": []})",
+                          R"({"messages": [{"role": "king", "content": "x"}]})",
+                          R"({"messages": [{"role": "user", "content": "x"}]})",
+                          R"({"prompt": {"a": 1}, "completion": "x"})",
+                          R"({"instruction": "x", "output": ["a", "b"]})"}) {
+    CAPTURE(row);
+    const Dataset data = made(row);
+    CHECK(data.examples.empty());
+    CHECK(data.counts.bad == 1);
+    REQUIRE(data.problems.size() == 1);
+    CHECK(data.problems[0].line == 7);
+  }
+  const TempDir dir;
+  const auto path = dir.file("rows.csv", "ask,category\nhello,greet\nbye,leave\n,\n");
+  const Dataset data = load_dataset(
+      path, model(), {.prompt_column = "ask", .completion_column = "category"});
+  CHECK(data.examples.size() == 3);
+  const Error e = error_from([&] { load_dataset(path, model(), {}); });
+  CHECK(e.kind() == ErrorKind::bad_input);
+  CHECK(e.cure().find("--prompt-column") != std::string::npos);
+}
+
+TEST_CASE("a split keeps equal prompts together and does not depend on other rows") {
+  std::vector<Example> examples;
+  for (uint64_t i = 0; i < 2000; ++i)
+    examples.push_back({.ids = {1, 2}, .trained = {0, 1}, .line = i,
+                        .hash = (i / 2) * 0x9E3779B97F4A7C15u});
+  const Split split = split_by_hash(examples, 0.1);
+  CHECK(split.train.size() + split.validation.size() == 2000);
+  CHECK(split.validation.size() > 100);
+  CHECK(split.validation.size() < 300);
+  std::set<uint64_t> held;
+  for (const Example& e : split.validation) held.insert(e.hash);
+  for (const Example& e : split.train) CHECK(held.count(e.hash) == 0);
+  examples.resize(1000);
+  for (const Example& e : split_by_hash(examples, 0.1).validation) CHECK(held.count(e.hash) == 1);
+}
+
+TEST_CASE("a split leaves at least one prompt on each side") {
+  std::vector<Example> examples(3);
+  for (size_t i = 0; i < 3; ++i) examples[i].hash = i * 0x5555555555555555u;
+  CHECK(split_by_hash(examples, 0.01).validation.size() == 1);
+  CHECK(split_by_hash(examples, 0.99).train.size() == 1);
+  CHECK(split_by_hash(examples, 0).validation.empty());
+  examples.resize(1);
+  CHECK(split_by_hash(examples, 0.5).train.size() == 1);
+}
+
+TEST_CASE("packing wastes little and loses nothing") {
+  std::vector<size_t> lengths;
+  for (size_t i = 0; i < 500; ++i) lengths.push_back(1 + i * 37 % 90);
+  lengths.push_back(300);  // longer than a batch: alone
+  const auto batches = pack(lengths, 256);
+  std::set<uint32_t> seen;
+  for (const auto& batch : batches) {
+    size_t tokens = 0;
+    for (const uint32_t i : batch) {
+      CHECK(seen.insert(i).second);
+      tokens += lengths[i];
+    }
+    CHECK((tokens <= 256 || batch.size() == 1));
+  }
+  CHECK(seen.size() == lengths.size());
+  const size_t total = std::accumulate(lengths.begin(), lengths.end(), size_t{0});
+  CHECK(batches.size() <= total / 256 + 2);
+}
+
+TEST_CASE("epochs are different permutations, the same for the same seed") {
+  std::vector<uint32_t> order = epoch_order(100, 1, 0);
+  CHECK(order == epoch_order(100, 1, 0));
+  CHECK(order != epoch_order(100, 1, 1));
+  CHECK(order != epoch_order(100, 2, 0));
+  std::sort(order.begin(), order.end());
+  for (uint32_t i = 0; i < 100; ++i) CHECK(order[i] == i);
+}

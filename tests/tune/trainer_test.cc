@@ -1,0 +1,216 @@
+#include "tune/trainer.h"
+
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cmath>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "base/files.h"
+#include "support.h"
+
+using namespace moru;
+
+namespace {
+
+const std::filesystem::path kModel = MORU_SOURCE_DIR "/tests/golden/tune/llama";
+
+std::string rows(size_t count) {
+  std::string text;
+  for (size_t i = 0; i < count; ++i)
+    text += nlohmann::json{{"prompt", "say " + std::to_string(i * 7 % 10)},
+                           {"completion", std::string(1 + i % 5, static_cast<char>('a' + i % 26))}}
+                .dump() +
+            "\n";
+  return text;
+}
+
+TuneOptions options_for(const TempDir& dir, const char* out) {
+  TuneOptions o;
+  o.model = kModel;
+  o.data = dir.path() / "rows.jsonl";
+  o.out = dir.path() / out;
+  o.rows.plain_template = "{prompt}:{completion}";
+  o.rows.max_length = 64;
+  o.precision = Profile::f32;
+  o.threads = 2;
+  o.epochs = 3;
+  o.batch_size = 4;
+  o.lr = 3e-3;
+  o.eval_steps = 3;
+  o.save_steps = 2;
+  return o;
+}
+
+std::string adapter_bytes(const TuneOptions& o) {
+  return read_file(o.out / "adapter" / "adapter_model.safetensors");
+}
+
+// The log without what depends on the clock.
+std::vector<nlohmann::json> log_of(const TuneOptions& o) {
+  std::ifstream in(o.out / "log.jsonl");
+  std::vector<nlohmann::json> lines;
+  for (std::string line; std::getline(in, line);) {
+    lines.push_back(nlohmann::json::parse(line));
+    lines.back().erase("tokens_per_second");
+  }
+  return lines;
+}
+
+}  // namespace
+
+TEST_CASE("eight samples are learnt by heart") {
+  const TempDir dir;
+  dir.file("rows.jsonl", rows(8));
+  TuneOptions o = options_for(dir, "out");
+  o.val_fraction = 0;
+  o.batch_size = 8;
+  o.max_steps = 150;
+  o.lr = 2e-2;
+  o.lora = {.rank = 16, .alpha = 32, .targets = {}};
+  double last = 100;
+  tune(o, [&](const TuneEvent& e) {
+    if (e.kind == TuneEvent::Kind::step) last = e.loss;
+  });
+  CHECK(last < 0.06);
+}
+
+TEST_CASE("a run stopped at any step goes on to the bits of one that was not") {
+  const TempDir dir;
+  dir.file("rows.jsonl", rows(30));
+  const TuneOptions whole = options_for(dir, "whole");
+  const TuneResult expected = tune(whole);
+  CHECK(expected.steps > 15);
+  REQUIRE(expected.val_loss.has_value());
+  CHECK(*expected.val_loss < *expected.val_loss_before);
+
+  // Stopped by a signal after every third step, again and again.
+  const TuneOptions stopped = options_for(dir, "stopped");
+  size_t runs = 0;
+  for (;;) {
+    ++runs;
+    size_t steps = 0;
+    try {
+      tune(stopped, [&](const TuneEvent& e) {
+        if (e.kind == TuneEvent::Kind::step && ++steps == 3) ::raise(SIGTERM);
+      });
+      break;
+    } catch (const Error& error) {
+      REQUIRE(error.kind() == ErrorKind::interrupted);
+    }
+  }
+  CHECK(runs > 4);
+  CHECK(adapter_bytes(stopped) == adapter_bytes(whole));
+  CHECK(log_of(stopped) == log_of(whole));
+}
+
+TEST_CASE("a run killed without warning goes on to the bits of one that was not") {
+  const TempDir dir;
+  dir.file("rows.jsonl", rows(30));
+  const TuneOptions whole = options_for(dir, "whole");
+  tune(whole);
+  for (const size_t kill_at : {1, 4, 8, 13}) {
+    CAPTURE(kill_at);
+    TuneOptions o = options_for(dir, "killed");
+    o.restart = false;
+    std::filesystem::remove_all(o.out);
+    const pid_t child = ::fork();
+    REQUIRE(child >= 0);
+    if (child == 0) {
+      size_t steps = 0;
+      tune(o, [&](const TuneEvent& e) {
+        if (e.kind == TuneEvent::Kind::step && ++steps == kill_at) ::raise(SIGKILL);
+      });
+      ::_exit(0);
+    }
+    int status = 0;
+    REQUIRE(::waitpid(child, &status, 0) == child);
+    REQUIRE(WIFSIGNALED(status));
+    tune(o);
+    CHECK(adapter_bytes(o) == adapter_bytes(whole));
+    CHECK(log_of(o) == log_of(whole));
+  }
+}
+
+TEST_CASE("threads, micro-batches and what is made anew do not change what is learnt") {
+  const TempDir dir;
+  dir.file("rows.jsonl", rows(20));
+  const TuneOptions one = options_for(dir, "one");
+  const TuneResult expected = tune(one);
+  TuneOptions threads = options_for(dir, "threads");
+  threads.threads = 1;
+  threads.recompute = Recompute::block;
+  tune(threads);
+  CHECK(adapter_bytes(threads) == adapter_bytes(one));
+  TuneOptions small = options_for(dir, "small");
+  small.micro_batch_tokens = 1;  // every example alone: sums in another order
+  const TuneResult found = tune(small);
+  CHECK(*found.val_loss == doctest::Approx(*expected.val_loss).epsilon(1e-4));
+  CHECK(found.train_loss == doctest::Approx(expected.train_loss).epsilon(1e-4));
+}
+
+TEST_CASE("a finished run is not run again, and another run's checkpoint is refused") {
+  const TempDir dir;
+  dir.file("rows.jsonl", rows(10));
+  TuneOptions o = options_for(dir, "out");
+  const TuneResult first = tune(o);
+  size_t events = 0;
+  const TuneResult again = tune(o, [&](const TuneEvent&) { ++events; });
+  CHECK(events == 0);
+  CHECK(again.steps == first.steps);
+  CHECK(again.val_loss == first.val_loss);
+
+  TuneOptions other = options_for(dir, "other");
+  size_t steps = 0;
+  CHECK(error_from([&] {
+          tune(other, [&](const TuneEvent& e) {
+            if (e.kind == TuneEvent::Kind::step && ++steps == 2) ::raise(SIGINT);
+          });
+        }).kind() == ErrorKind::interrupted);
+  other.lr *= 2;
+  CHECK(error_from([&] { tune(other); }).kind() == ErrorKind::usage);
+  other.restart = true;
+  tune(other);
+}
+
+TEST_CASE("a run that stops improving ends early with its best adapter") {
+  const TempDir dir;
+  dir.file("rows.jsonl", rows(12));
+  TuneOptions o = options_for(dir, "out");
+  o.lr = 0.5;  // far too high: validation soon rises
+  o.epochs = 30;
+  o.eval_steps = 1;
+  o.patience = 4;
+  const TuneResult r = tune(o);
+  CHECK(r.steps == r.best_step + 4);
+  CHECK(*r.val_loss <= *r.val_loss_before);
+}
+
+TEST_CASE("going on from an adapter starts at its loss") {
+  const TempDir dir;
+  dir.file("rows.jsonl", rows(20));
+  const TuneOptions first = options_for(dir, "first");
+  const TuneResult before = tune(first);
+  TuneOptions next = options_for(dir, "next");
+  next.adapter = before.adapter;
+  const TuneResult after = tune(next);
+  CHECK(*after.val_loss_before == doctest::Approx(*before.val_loss).epsilon(1e-9));
+}
+
+TEST_CASE("flags that cannot be meant are refused before any work") {
+  const TempDir dir;
+  const auto refused = [&](auto&& change) {
+    TuneOptions o = options_for(dir, "out");
+    change(o);
+    return error_from([&] { tune(o); }).kind() == ErrorKind::usage;
+  };
+  CHECK(refused([](TuneOptions& o) { o.lr = 0; }));
+  CHECK(refused([](TuneOptions& o) { o.lora.rank = 0; }));
+  CHECK(refused([](TuneOptions& o) { o.val_fraction = 1; }));
+  CHECK(refused([](TuneOptions& o) { o.batch_size = 0; }));
+  CHECK(refused([](TuneOptions& o) { o.rows.max_length = 1; }));
+}
