@@ -8,9 +8,12 @@ class App;
 namespace moru {
 
 void add_bench(CLI::App& app);
+void add_forge(CLI::App& app);
 void add_info(CLI::App& app);
+void add_lighten(CLI::App& app);
 void add_prove(CLI::App& app);
 void add_run(CLI::App& app);
 void add_serve(CLI::App& app);
+void add_tune(CLI::App& app);
 
 }  // namespace moru

@@ -28,9 +28,12 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", std::string("moru ") + MORU_VERSION);
   app.require_subcommand(1);
   app.get_formatter()->column_width(kHelpColumn);
+  moru::add_forge(app);
   moru::add_run(app);
   moru::add_info(app);
   moru::add_bench(app);
+  moru::add_lighten(app);
+  moru::add_tune(app);
   moru::add_prove(app);
   moru::add_serve(app);
   try {

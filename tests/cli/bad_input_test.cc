@@ -1,0 +1,120 @@
+// What a person sees when something is wrong: one line that names file, field and cure, an exit code
+// that is not 0, and nothing half-written.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "base/files.h"
+#include "program.h"
+#include "support.h"
+#include "tiny_model.h"
+
+using namespace moru;
+
+namespace {
+
+struct Case {
+  std::string name;
+  std::vector<std::string> words;
+  int code;
+  std::vector<std::string> says;
+};
+
+size_t lines_of(const std::string& text) {
+  return static_cast<size_t>(std::count(text.begin(), text.end(), '\n'));
+}
+
+}  // namespace
+
+TEST_CASE("bad input gets one line with file, field and cure, and a code that is not 0") {
+  const TempDir folder;
+  const auto model = folder.path() / "tiny.gguf";
+  write_tiny_model(model);
+  const std::string whole = read_file(model);
+  const auto cut = folder.file("cut.gguf", whole.substr(0, whole.size() / 2));
+  const auto header = folder.file("header.gguf", whole.substr(0, 100));
+  std::string hostile = whole;
+  hostile.replace(8, 8, std::string(8, '\xff'));  // 2⁶⁴ − 1 tensors
+  const auto many = folder.file("many.gguf", hostile);
+  const auto text = folder.file("text.gguf", "this is no model at all, only some words\n");
+  folder.file("hf/config.json", R"({"architectures": ["GrokForCausalLM"]})");
+  folder.file("half/config.json", R"({"architectures": ["LlamaForCausalLM"], "hidden_size": 64})");
+  const auto pairs = folder.file("pairs.jsonl", "{\"prompt\": \"a\", \"completion\": \"b\"}\n");
+  const auto broken = folder.file("broken.jsonl", "{\"prompt\": \"a\", \"answer\": \"b\"}\n{\"prom\n");
+  const auto unasked = folder.file("unasked.jsonl", "{\"answer\": \"b\"}\n");
+  const auto questions =
+      folder.file("questions.jsonl", "{\"prompt\": \"a\", \"answer\": \"b\"}\n");
+  const std::string out = (folder.path() / "out").string();
+
+  const std::vector<Case> cases = {
+      {"no such file", {"info", (folder.path() / "none.gguf").string()}, 66, {"none.gguf"}},
+      {"a folder without a model", {"info", folder.path().string()}, 66, {"config.json"}},
+      {"a model cut in half", {"info", cut.string()}, 65, {"cut.gguf", "blk.", "again"}},
+      {"a model cut in its header", {"run", header.string(), "-p", "x"}, 65, {"header.gguf"}},
+      {"a hostile tensor count", {"info", many.string()}, 65, {"many.gguf", "tensor"}},
+      {"a file that is no model", {"info", text.string()}, 65, {"text.gguf", "GGUF"}},
+      {"an unknown family", {"info", (folder.path() / "hf").string()}, 69,
+       {"GrokForCausalLM", "llama"}},
+      {"a config that lacks keys", {"info", (folder.path() / "half").string()}, 65,
+       {"config.json", "num_hidden_layers"}},
+      {"no chat template", {"run", model.string(), "-p", "hello"}, 64, {"template", "--raw"}},
+      {"a broken row of questions",
+       {"prove", model.string(), "-q", broken.string()}, 65, {"broken.jsonl", "2"}},
+      {"a question without a prompt",
+       {"prove", model.string(), "-q", unasked.string()}, 65, {"unasked.jsonl", "prompt"}},
+      {"an unknown size",
+       {"forge", "--model", model.string(), "--pairs", pairs.string(), "--questions",
+        questions.string(), "--out", out, "--size-ladder", "Q9_X"},
+       64,
+       {"Q9_X", "Q4_K_M"}},
+      {"a goal that cannot be",
+       {"forge", "--model", model.string(), "--pairs", pairs.string(), "--questions",
+        questions.string(), "--out", out, "--at-least", "1.5"},
+       64,
+       {"--at-least"}},
+      {"a template that cannot be",
+       {"forge", "--model", model.string(), "--pairs", pairs.string(), "--questions",
+        questions.string(), "--out", out, "--template", "no place for the answer"},
+       64,
+       {"{completion}"}},
+      {"an unknown flag", {"info", model.string(), "--colour"}, 64, {"--colour", "--help"}},
+      {"no command", {}, 64, {"--help"}},
+      {"a full disk", {"lighten", model.string(), "--out", "/dev/full/x.gguf"}, 74, {"/dev/full"}},
+  };
+  for (const Case& item : cases) {
+    CAPTURE(item.name);
+    const Ended ended = run_program(item.words);
+    CAPTURE(ended.output);
+    CHECK(ended.code == item.code);
+    CHECK(ended.output.starts_with("moru: "));
+    CHECK(lines_of(ended.output) == 1);
+    for (const std::string& word : item.says)
+      CHECK(ended.output.find(word) != std::string::npos);
+  }
+  CHECK_FALSE(std::filesystem::exists(out));
+}
+
+TEST_CASE("help fits 80 columns and every command has some") {
+  const Ended top = run_program({"--help"});
+  CHECK(top.code == 0);
+  for (const std::string command : {"forge", "run", "info", "bench", "lighten", "tune", "prove"}) {
+    CAPTURE(command);
+    CHECK(top.output.find("  " + command) != std::string::npos);
+    const Ended help = run_program({command, "--help"});
+    CHECK(help.code == 0);
+    CHECK(help.output.size() > 100);
+  }
+}
+
+TEST_CASE("a model and its tokens are told, as text and as JSON") {
+  const TempDir folder;
+  write_tiny_model(folder.path() / "tiny.gguf", {.family = "gemma3", .type = DType::q4_k});
+  const std::string path = (folder.path() / "tiny.gguf").string();
+  const Ended text = run_program({"info", path});
+  CHECK(text.code == 0);
+  CHECK(text.output.find("gemma3") != std::string::npos);
+  const auto json = nlohmann::json::parse(run_program({"info", path, "--json", "--example", "th"}).output);
+  CHECK(json["family"] == "gemma3");
+  CHECK(json["example"]["ids"] == nlohmann::json({256}));
+}
