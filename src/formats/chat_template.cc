@@ -1,9 +1,12 @@
 #include "formats/chat_template.h"
 
+#include <fmt/format.h>
+
 #include <ctime>
 #include <utility>
 #include <vector>
 
+#include "base/error.h"
 #include "formats/jinja/interpreter.h"
 #include "formats/jinja/parser.h"
 
@@ -12,12 +15,19 @@ namespace {
 
 using nlohmann::ordered_json;
 
+constexpr size_t kMaxDepth = 500;
+
 // Bytes of text and number of values in a document, near enough to scale bounds by.
-size_t size_of(const ordered_json& json) {
+size_t size_of(const std::string& where, const ordered_json& json, size_t depth = 0) {
+  if (depth > kMaxDepth)
+    throw Error(ErrorKind::bad_input,
+                {.where = where,
+                 .what = fmt::format("the conversation nests deeper than {}", kMaxDepth),
+                 .cure = ""});
   size_t size = 8;
   if (json.is_string()) size += json.get_ref<const std::string&>().size();
   if (json.is_structured())
-    for (const auto& item : json) size += size_of(item);
+    for (const auto& item : json) size += size_of(where, item, depth + 1);
   return size;
 }
 
@@ -28,10 +38,17 @@ ordered_json with_reasoning(const ordered_json& message) {
   for (const char* field : {"reasoning_content", "thinking", "reasoning"}) {
     const auto at = message.find(field);
     if (at == message.end() || at->is_null()) continue;
-    ordered_json filled = ordered_json::object();
-    filled["thinking"] = *at;
-    for (const auto& [key, value] : message.items()) filled[key] = value;
-    filled["reasoning_content"] = *at;
+    ordered_json::object_t filled;
+    // Appended to the vector that it is: looking up each key would cost their square.
+    const auto append = [&](const std::string& key, const ordered_json& value) {
+      filled.Container::emplace_back(key, value);
+    };
+    append("thinking", message.value("thinking", *at));
+    for (const auto& [key, value] : message.items()) {
+      if (key == "thinking") continue;
+      append(key, key == "reasoning_content" ? *at : value);
+    }
+    if (!message.contains("reasoning_content")) append("reasoning_content", *at);
     return filled;
   }
   return message;
@@ -56,9 +73,10 @@ ChatTemplate& ChatTemplate::operator=(ChatTemplate&&) noexcept = default;
 const std::string& ChatTemplate::source() const { return state_->source; }
 
 std::string ChatTemplate::render(const Inputs& inputs) const {
-  size_t size = size_of(inputs.messages) + size_of(inputs.tools);
-  for (const auto& [name, value] : inputs.extra) size += size_of(value);
-  jinja::Runtime runtime(state_->program.where, size);
+  const std::string& where = state_->program.where;
+  size_t size = size_of(where, inputs.messages) + size_of(where, inputs.tools);
+  for (const auto& [name, value] : inputs.extra) size += size_of(where, value);
+  jinja::Runtime runtime(where, size);
 
   ordered_json messages = ordered_json::array();
   for (const ordered_json& message : inputs.messages) messages.push_back(with_reasoning(message));

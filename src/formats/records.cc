@@ -502,8 +502,7 @@ std::optional<Row> RecordReader::State::next_cells() {
     for (size_t i = 0; i < cells.size() && bad_column == nullptr; ++i) {
       if (find_invalid_utf8(cells[i])) bad_column = &columns[i];
       // Names are unique, so no look-up: that would cost the square of the width.
-      object.std::vector<std::pair<const std::string, nlohmann::ordered_json>>::emplace_back(
-          columns[i], std::move(cells[i]));
+      object.Container::emplace_back(columns[i], std::move(cells[i]));
     }
     if (bad_column == nullptr) return row;
     note(at, *bad_column, "not UTF-8");

@@ -612,6 +612,7 @@ Value slices(In& in, const Value& v, const Args& a) {
 Value attribute_of(In& in, const Value& v, const Args& a) {
   Runtime& runtime = in.runtime();
   const Bound bound(runtime, "attr", a, {"name"}, 1);
+  if (const auto* undefined = std::get_if<Undefined>(&v)) fail_on_undefined(runtime, *undefined);
   const std::string name(bound.text(0));
   if (std::optional<Value> found = find_attribute(runtime, v, name)) return *found;
   return Undefined{Undefined::Why::attribute, type_name(v), std::get<TextPtr>(*bound[0])};

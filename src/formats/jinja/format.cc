@@ -163,8 +163,8 @@ class PercentFormatter {
     } else {
       arguments_ = {arguments};
       mapping_ = as_dict(arguments);
-      // Only some kinds of value that a format leaves over are an error.
-      may_remain_ = mapping_ != nullptr || sequence != nullptr;
+      // What can be subscripted may be left over: it might have been a mapping.
+      may_remain_ = mapping_ != nullptr || sequence != nullptr || is_undefined(arguments);
     }
   }
 

@@ -86,8 +86,7 @@ Bound::Bound(Runtime& runtime, std::string_view function, const CallArguments& a
     values_[i] = &value;
   }
   for (size_t i = 0; i < required; ++i)
-    if (values_[i] == nullptr)
-      runtime.fail(fmt::format("{} needs '{}'", function, *(parameters.begin() + i)));
+    if (values_[i] == nullptr) runtime.fail(fmt::format("{} needs '{}'", function, parameters_[i]));
 }
 
 bool Bound::truth(size_t i, bool otherwise) const {
@@ -98,8 +97,8 @@ Int Bound::whole(size_t i, Int otherwise) const {
   if (!has(i)) return otherwise;
   const auto whole = as_int(*values_[i]);
   if (!whole)
-    runtime_.fail(fmt::format("{}: '{}' is a {} and not a whole number", function_,
-                              *(parameters_.begin() + i), type_name(*values_[i])));
+    runtime_.fail(fmt::format("{}: '{}' is a {} and not a whole number", function_, parameters_[i],
+                              type_name(*values_[i])));
   return *whole;
 }
 
@@ -107,8 +106,8 @@ std::string_view Bound::text(size_t i, std::string_view otherwise) const {
   if (!has(i)) return otherwise;
   const Text* text = as_text(*values_[i]);
   if (text == nullptr)
-    runtime_.fail(fmt::format("{}: '{}' is a {} and not a text", function_,
-                              *(parameters_.begin() + i), type_name(*values_[i])));
+    runtime_.fail(fmt::format("{}: '{}' is a {} and not a text", function_, parameters_[i],
+                              type_name(*values_[i])));
   return text->bytes;
 }
 

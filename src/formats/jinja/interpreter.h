@@ -41,7 +41,7 @@ class Bound {
  private:
   Runtime& runtime_;
   std::string_view function_;
-  std::initializer_list<std::string_view> parameters_;
+  std::vector<std::string_view> parameters_;
   std::vector<const Value*> values_;
 };
 

@@ -98,7 +98,8 @@ Value partition(Interpreter& in, const Text& self, const CallArguments& argument
   const std::string_view separator = Bound(runtime, "partition", arguments, {"sep"}, 1).text(0);
   if (separator.empty()) runtime.fail("partition: an empty separator");
   const std::string_view text = self.bytes;
-  const size_t at = kFrom == Side::left ? text.find(separator) : text.rfind(separator);
+  const size_t at =
+      kFrom == Side::left ? find_part(text, separator) : find_last_part(text, separator);
   std::vector<std::string_view> parts = {text, "", ""};
   if (at != text.npos) {
     parts = {text.substr(0, at), separator, text.substr(at + separator.size())};
@@ -137,7 +138,7 @@ Value find_text(Interpreter& in, const Text& self, const CallArguments& argument
   runtime.step(self.bytes.size() / 16);
   const std::string_view text =
       std::string_view(self.bytes).substr(range.begin, range.end - range.begin);
-  const size_t at = kFrom == Side::left ? text.find(part) : text.rfind(part);
+  const size_t at = kFrom == Side::left ? find_part(text, part) : find_last_part(text, part);
   if (range.valid && at != text.npos)
     return static_cast<Int>(
         count_code_points(std::string_view(self.bytes).substr(0, range.begin + at)));
@@ -156,7 +157,8 @@ Value count_text(Interpreter& in, const Text& self, const CallArguments& argumen
       std::string_view(self.bytes).substr(range.begin, range.end - range.begin);
   if (part.empty()) return static_cast<Int>(count_code_points(text) + 1);
   Int count = 0;
-  for (size_t at = text.find(part); at != text.npos; at = text.find(part, at + part.size()))
+  for (size_t at = find_part(text, part); at != text.npos;
+       at = find_part(text, part, at + part.size()))
     ++count;
   return count;
 }

@@ -3,6 +3,7 @@
 #include <utf8proc.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "base/text.h"
 
@@ -183,6 +184,21 @@ size_t offset_of(std::string_view text, size_t index) {
   return at;
 }
 
+size_t find_part(std::string_view text, std::string_view part, size_t from) {
+  if (from > text.size()) return text.npos;
+  const void* at = ::memmem(text.data() + from, text.size() - from, part.data(), part.size());
+  return at == nullptr ? text.npos
+                       : static_cast<size_t>(static_cast<const char*>(at) - text.data());
+}
+
+size_t find_last_part(std::string_view text, std::string_view part) {
+  constexpr size_t kShort = 64;  // beyond, comparing at every place would take too long
+  if (part.size() <= kShort) return text.rfind(part);
+  const std::string backward(text.rbegin(), text.rend()), wanted(part.rbegin(), part.rend());
+  const size_t at = find_part(backward, wanted);
+  return at == text.npos ? at : text.size() - at - part.size();
+}
+
 std::string_view strip(std::string_view text, Side side, std::optional<std::string_view> chars) {
   const auto drops = [&](std::string_view c) {
     return chars ? contains_code_point(*chars, c) : is_space(code_point_at(c, 0).value);
@@ -212,7 +228,7 @@ std::vector<std::string_view> split(std::string_view text, std::string_view sepa
   if (from == Side::left) {
     size_t begin = 0;
     while (more()) {
-      const size_t end = text.find(separator, begin);
+      const size_t end = find_part(text, separator, begin);
       if (end == text.npos) break;
       pieces.push_back(text.substr(begin, end - begin));
       begin = end + separator.size();
@@ -222,7 +238,7 @@ std::vector<std::string_view> split(std::string_view text, std::string_view sepa
   }
   size_t end = text.size();
   while (more() && end >= separator.size()) {
-    const size_t begin = text.rfind(separator, end - separator.size());
+    const size_t begin = find_last_part(text.substr(0, end), separator);
     if (begin == text.npos) break;
     pieces.push_back(text.substr(begin + separator.size(), end - begin - separator.size()));
     end = begin;

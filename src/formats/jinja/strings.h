@@ -23,6 +23,11 @@ bool is_printable(char32_t c);  // whether repr() shows it as it is
 // Byte offset of code point `index`; text.size() past the end.
 size_t offset_of(std::string_view text, size_t index);
 
+// Offset of the first `part` at or after `from`, or of the last one; npos if there is none. In time
+// linear in the text, unlike std::string's, whatever is looked for.
+size_t find_part(std::string_view text, std::string_view part, size_t from = 0);
+size_t find_last_part(std::string_view text, std::string_view part);
+
 enum class Side { left, right, both };
 // Without the white space, or the code points of `chars`, at its ends.
 std::string_view strip(std::string_view text, Side side,

@@ -660,7 +660,7 @@ bool contains(Runtime& runtime, const Value& container, const Value& item) {
     const Text* part = as_text(item);
     if (part == nullptr) fail_on_operands(runtime, "in", item, container);
     runtime.step(text->bytes.size() / 16);
-    return text->bytes.find(part->bytes) != std::string::npos;
+    return find_part(text->bytes, part->bytes) != std::string::npos;
   }
   if (const Dict* dict = as_dict(container)) {
     if (!is_hashable(item)) runtime.fail(fmt::format("a {} cannot be a key", type_name(item)));
@@ -799,7 +799,7 @@ std::vector<Value> items_of(Runtime& runtime, const Value& v) {
   const SequencePtr list = runtime.sequence();  // counts the items while they are gathered
   Iteration items(runtime, v);
   while (std::optional<Value> item = items.next()) runtime.push(*list, std::move(*item));
-  return list->items;
+  return std::move(list->items);
 }
 
 Value replace(Runtime& runtime, const Text& text, std::string_view from, std::string_view to,
@@ -819,11 +819,11 @@ Value replace(Runtime& runtime, const Text& text, std::string_view from, std::st
       at += size;
     }
   } else {
-    for (size_t next = bytes.find(from); more() && next != bytes.npos; ++done) {
+    for (size_t next = find_part(bytes, from); more() && next != bytes.npos; ++done) {
       out.add(bytes.substr(at, next - at));
       out.add(to);
       at = next + from.size();
-      next = bytes.find(from, at);
+      next = find_part(bytes, from, at);
     }
   }
   out.add(bytes.substr(at));

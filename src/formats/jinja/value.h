@@ -71,7 +71,7 @@ struct Text {
   std::string bytes;    // well-formed UTF-8
   bool ascii = false;   // then a code point is a byte
   bool markup = false;  // marked safe: joining it to other text escapes that
-  mutable Claim claim;
+  Claim claim;
 };
 
 struct Sequence {
