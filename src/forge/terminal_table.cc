@@ -147,7 +147,7 @@ std::string report_table(const ForgeReport& report, const TerminalStyle& style) 
   }
   out += '\n';
   for (const Candidate& c : report.candidates)
-    if (!c.verdict.empty() && !is_vendor(c))
+    if (!c.verdict.empty() && !c.good_enough && !is_vendor(c))
       out += wrapped(fmt::format("{}{}: {}", mark_of(c), c.name, c.verdict), style.width, 4);
   if (any_vendor)
     out +=

@@ -5,7 +5,10 @@
 #include <cmath>
 
 #include "base/files.h"
+#include "base/random.h"
 #include "base/text.h"
+#include "forge/picture.h"
+#include "forge/svg.h"
 #include "forge_example.h"
 #include "support.h"
 
@@ -195,4 +198,82 @@ TEST_CASE("a report is written whole into its folder") {
   CHECK(report_from_json("r", read_file(folder.path() / "report.json")).title == "support");
   CHECK(read_file(folder.path() / "report.html") == report_html(example_report()));
   if (const char* keep = std::getenv("MORU_KEEP_REPORT")) write_report(example_report(), keep);
+}
+
+namespace {
+
+struct Drawn {
+  svg::Box box;
+  std::string words;
+};
+
+double attribute(std::string_view tag, std::string_view name) {
+  const size_t at = tag.find(fmt::format(" {}=\"", name));
+  REQUIRE(at != std::string_view::npos);
+  return std::stod(std::string(tag.substr(at + name.size() + 3)));
+}
+
+// Labels of a picture with the room they take, and its points.
+void read_picture(const std::string& picture, double font, std::vector<Drawn>& labels,
+                  std::vector<svg::Point>& points) {
+  for (const std::string& line : lines_of(picture)) {
+    if (line.starts_with("<circle class=\"point")) {
+      points.push_back({attribute(line, "cx"), attribute(line, "cy")});
+    } else if (line.starts_with("<text class=\"label")) {
+      const size_t begin = line.find('>') + 1;
+      const std::string words = line.substr(begin, line.find('<', begin) - begin);
+      const double x = attribute(line, "x"), y = attribute(line, "y");
+      const double width = static_cast<double>(display_width(words)) * font * 0.6;
+      const double left = line.find("\"end\"") != std::string::npos ? x - width : x;
+      labels.push_back({{left, y - font * 0.8, left + width, y + font * 0.2}, words});
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("labels of the picture never cover each other or a point, however crowded it is") {
+  Random random(11);
+  size_t chosen_labels = 0;
+  constexpr int kRounds = 150;
+  for (int round = 0; round < kRounds; ++round) {
+    CAPTURE(round);
+    ForgeReport report = example_report();
+    const Candidate measured = report.candidates[1], vendor = report.candidates[8];
+    report.candidates.clear();
+    const double spread = random.uniform() * 4;
+    for (size_t n = 1 + random.below(14); n > 0; --n) {
+      Candidate& c = report.candidates.emplace_back(measured);
+      c.name = n % 3 == 0 ? "한국어 상담 모델 " + std::to_string(n) : "tuned Q" + std::to_string(n);
+      c.correct = 312 - random.below(round % 2 == 0 ? 60 : 312);
+      c.interval = wilson(c.correct, 312);
+      c.usd_per_1000 = 0.001 * std::pow(10, spread * double{random.uniform()});
+      c.chosen = n == 1;
+    }
+    for (size_t n = random.below(20); n > 0; --n) {
+      Candidate& c = report.candidates.emplace_back(vendor);
+      c.name = fmt::format("vendor {}", n);
+      c.usd_per_1000 = 0.001 * std::pow(10, 4 * double{random.uniform()});
+    }
+    for (const PictureSize& size :
+         {PictureSize{}, PictureSize{.width = 340, .height = 430, .font = 11.5}}) {
+      const std::string picture = cost_quality_svg(report, size);
+      std::vector<Drawn> labels;
+      std::vector<svg::Point> points;
+      read_picture(picture, size.font, labels, points);
+      for (size_t i = 0; i < labels.size(); ++i) {
+        CAPTURE(labels[i].words);
+        CHECK(svg::contains({0, 0, size.width, size.height}, labels[i].box));
+        for (size_t j = 0; j < i; ++j) {
+          CAPTURE(labels[j].words);
+          CHECK(!svg::overlaps(labels[i].box, labels[j].box));
+        }
+        for (const svg::Point& p : points)
+          CHECK(!svg::overlaps(labels[i].box, svg::around(p, 4, 4)));
+      }
+      chosen_labels += picture.find("\"label chosen\"") != std::string::npos;
+    }
+  }
+  CHECK(chosen_labels >= 2 * kRounds * 98 / 100);
+  MESSAGE("the chosen point had room for its label in " << chosen_labels << " of " << 2 * kRounds);
 }
