@@ -24,13 +24,14 @@ namespace {
 
 // Query rows per item of inference: enough to use a page of keys many times while it is in the
 // first-level cache, few enough that the scores (rows · 2 KB) stay in the second.
-constexpr size_t kCachedRows = 48;
+constexpr size_t kCachedRows = 96;
 // Query tokens per item of training's forward pass, and per tile of its backward pass.
 constexpr size_t kForwardTokens = 96;
 constexpr size_t kBackwardTokens = 96;
 // A document longer than this is split over items in the backward pass.
 constexpr size_t kBackwardChunk = 512;
 constexpr size_t kBackwardChunksMax = 4;
+constexpr float kLn2 = 0.693147181f;
 constexpr size_t kPagesPerBlock = kKeyBlock / kKeyPage;
 
 size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
@@ -412,7 +413,7 @@ void attend_packed_item(const PackedCall& call, const PackedItem& item) {
       }
       if (b + 1 < block_end) continue;
       for (size_t t = 0; t < rows; ++t) {
-        call.lse[(row + t) * shape.heads + head] = max[t] + std::log(sum[t]);
+        call.lse[(row + t) * shape.heads + head] = max[t] * kLn2 + std::log(sum[t]);
         kernels.scale(weighted + t * dim, dim, 1.0f / sum[t],
                       call.out + (row + t) * call.ldo + head * dim);
       }

@@ -37,7 +37,8 @@ struct AttendBlock {
   const uint32_t *first, *end;  // [rows]: the keys of the block that a row sees; none if equal
   float* scores;                // scratch [rows, kKeyBlock]
   float* page;                  // scratch [64 · head_dim]: a page widened to f32
-  // Results: the maximum, the sum of exp(score − maximum), and that sum weighted with the values.
+  // Results: the maximum of score · log2 e, the sum of 2^(score · log2 e − maximum), and that sum
+  // weighted with the values.
   // Rows that see nothing get sum = 0, and their `out` is not written.
   float *max, *sum;  // [rows]
   float* out;        // [rows, head_dim]

@@ -106,11 +106,18 @@ inline Mask less(Vec a, Vec b) {
 inline Vec select(Mask m, Vec yes, Vec no) {
   return {_mm256_blendv_ps(no.lo, yes.lo, m.lo), _mm256_blendv_ps(no.hi, yes.hi, m.hi)};
 }
-inline __m256 power_of_two_8(__m256 t) {
-  const __m256i biased = _mm256_add_epi32(_mm256_castps_si256(t), _mm256_set1_epi32(127));
+inline Vec round_to_integer(Vec x) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.lo, kNearest), _mm256_round_ps(x.hi, kNearest)};
+}
+inline __m256 power_of_two_8(__m256 n) {
+  const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
 }
-inline Vec power_of_two(Vec t) { return {power_of_two_8(t.lo), power_of_two_8(t.hi)}; }
+// x · 2^n for whole −126 ≤ n ≤ 127.
+inline Vec times_power_of_two(Vec x, Vec n) {
+  return mul(x, {power_of_two_8(n.lo), power_of_two_8(n.hi)});
+}
 inline float sum_lanes(Vec v) {
   const __m256 eight = _mm256_add_ps(v.lo, v.hi);
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

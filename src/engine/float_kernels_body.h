@@ -79,10 +79,7 @@ inline float fold_sum(size_t n, F f) {
 inline Vec exp_of(Vec x) {
   const Mask vanishes = less(x, splat(-87.0f));
   const Vec in_range = min(splat(88.37f), max(splat(-87.0f), x));
-  // Adding 1.5 · 2^23 rounds to an integer and leaves it in the low bits.
-  const Vec magic = splat(12582912.0f);
-  const Vec t = fma(in_range, splat(1.44269504f), magic);
-  const Vec n = sub(t, magic);
+  const Vec n = round_to_integer(mul(in_range, splat(1.44269504f)));
   Vec r = fnma(n, splat(0.693359375f), in_range);
   r = fnma(n, splat(-2.12194440e-4f), r);
   Vec p = fma(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));
@@ -91,7 +88,20 @@ inline Vec exp_of(Vec x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   const Vec fraction = add(fma(p, mul(r, r), r), splat(1.0f));
-  return select(vanishes, zero(), mul(fraction, power_of_two(t)));
+  return select(vanishes, zero(), times_power_of_two(fraction, n));
+}
+
+// 2^t for attention, where t is a score less the row's maximum: at most about 0, and what is below
+// 2^−100 may as well be 2^−100. A minimax polynomial of degree 5 on [−½, ½] with p(0) = 1; relative
+// error below 2e-7.
+inline Vec exp2_of(Vec t) {
+  const Vec in_range = max(splat(-100.0f), t);
+  const Vec n = round_to_integer(in_range), r = sub(in_range, n);
+  Vec p = fma(splat(1.326472731e-3f), r, splat(9.671512991e-3f));
+  p = fma(p, r, splat(5.550733581e-2f));
+  p = fma(p, r, splat(2.402224243e-1f));
+  p = fma(p, r, splat(6.931470037e-1f));
+  return times_power_of_two(fma(p, r, splat(1.0f)), n);
 }
 
 // 1 / (1 + e^−x)
@@ -433,33 +443,53 @@ inline Range within(Range range, size_t from, size_t to) {
   return part.first < part.end ? part : Range{a, a};
 }
 
-// scores → probabilities relative to the row's maximum, zero where the row does not see; `tile` is
-// the range that the products of the row's tile use.
-inline void softmax_row(float* scores, Range tile, uint32_t first, uint32_t end, float scale,
-                        float softcap, float* max_out, float* sum_out) {
-  const size_t begin = tile.first / 16 * 16;
-  const Vec s = splat(scale), cap = splat(softcap), inverse = splat(softcap > 0 ? 1 / softcap : 0);
-  const Vec low = splat(-__builtin_inff());
-  Vec top = low;
-  for (size_t i = begin; i < tile.end; i += 16) {
-    Vec x = mul(load(scores + i), s);
-    if (softcap > 0) x = mul(cap, tanh_of(mul(x, inverse)));
-    if (i < first || i + 16 > end) {
-      const auto at = static_cast<int>(i);
-      x = select(lanes_between(static_cast<int>(first) - at, static_cast<int>(end) - at), x, low);
-    }
-    store(scores + i, x);
-    top = max(top, x);
+// Lanes [i, i + 16) of a row that sees [first, end).
+struct Seen {
+  int first, end;
+  bool all(size_t i) const {
+    return first <= static_cast<int>(i) && static_cast<int>(i) + 16 <= end;
   }
-  const float maximum = max_lanes(top);
-  const Vec shift = splat(first < end ? maximum : 0.0f);
+  Mask mask(size_t i) const {
+    const auto at = static_cast<int>(i);
+    return lanes_between(first - at, end - at);
+  }
+};
+constexpr float kLog2E = 1.44269504f;
+
+// cap · tanh(scale · q·k / cap), over 16-lane groups of [begin, end).
+inline void cap_scores(float* scores, size_t begin, size_t end, float scale, float cap) {
+  const Vec inverse = splat(scale / cap), c = splat(cap);
+  for (size_t i = begin; i < end; i += 16)
+    store(scores + i, mul(c, tanh_of(mul(load(scores + i), inverse))));
+}
+
+// Scores → 2^(factor · score − max), zero where the row does not see; factor = scale · log2 e, so
+// that it is the exponential of the scaled score. `tile` is the range that the products of the
+// row's tile use.
+inline void softmax_row(float* scores, Range tile, Seen seen, float scale, float softcap,
+                        float* max_out, float* sum_out) {
+  const size_t begin = tile.first / 16 * 16;
+  if (softcap > 0) cap_scores(scores, begin, tile.end, scale, softcap);
+  const float factor = softcap > 0 ? kLog2E : scale * kLog2E;
+  const Vec low = splat(-__builtin_inff()), f = splat(factor);
+  Vec even = low, odd = low;
+  for (size_t i = begin; i < tile.end; i += 32) {
+    const Vec x = load(scores + i);
+    even = max(even, seen.all(i) ? x : select(seen.mask(i), x, low));
+    if (i + 16 >= tile.end) break;
+    const Vec y = load(scores + i + 16);
+    odd = max(odd, seen.all(i + 16) ? y : select(seen.mask(i + 16), y, low));
+  }
+  const float top = factor * max_lanes(max(even, odd));
+  const Vec shift = splat(-top);
   Vec sum = zero();
   for (size_t i = begin; i < tile.end; i += 16) {
-    const Vec p = exp_of(sub(load(scores + i), shift));
+    Vec p = exp2_of(fma(load(scores + i), f, shift));
+    if (!seen.all(i)) p = select(seen.mask(i), p, zero());
     store(scores + i, p);
     sum = add(sum, p);
   }
-  *max_out = maximum;
+  *max_out = top;
   *sum_out = sum_lanes(sum);
 }
 
@@ -526,7 +556,8 @@ void attend_block(const AttendBlock& b) {
   each_tile(b.rows, [&](size_t r0, size_t count) {
     const Range tile = seen_by(b.first + r0, b.end + r0, count);
     for (size_t r = r0; r < r0 + count; ++r)
-      softmax_row(b.scores + r * kKeyBlock, tile, b.first[r], b.end[r], b.scale, b.softcap,
+      softmax_row(b.scores + r * kKeyBlock, tile,
+                  {static_cast<int>(b.first[r]), static_cast<int>(b.end[r])}, b.scale, b.softcap,
                   b.max + r, b.sum + r);
   });
   for (size_t p = 0; p < b.pages; ++p) {
@@ -548,7 +579,8 @@ void merge_block(const AttendBlock& b, float* max_of, float* sum_of, float* out)
     if (b.first[r] >= b.end[r]) continue;
     const Vec old_max = splat(max_of[r]), new_max = splat(b.max[r]);
     const Vec top = max(old_max, new_max);
-    const Vec keep = exp_of(sub(old_max, top)), join = exp_of(sub(new_max, top));
+    // 2^−100 of a sum that is 0 at first.
+    const Vec keep = exp2_of(sub(old_max, top)), join = exp2_of(sub(new_max, top));
     float lanes_out[16];
     store(lanes_out, top);
     max_of[r] = lanes_out[0];
@@ -566,23 +598,26 @@ void merge_block(const AttendBlock& b, float* max_of, float* sum_of, float* out)
 inline void probability_row(const AttendBackwardTile& t, size_t r, size_t vecs) {
   float* p = t.p + r * kKeyPage;
   float* ds = t.ds + r * kKeyPage;
-  const auto first = static_cast<int>(t.first[r]), end = static_cast<int>(t.end[r]);
-  const Vec scale = splat(t.scale), lse = splat(t.lse[r]), delta = splat(t.delta[r]);
-  const Vec cap = splat(t.softcap), inverse = splat(t.softcap > 0 ? 1 / t.softcap : 0);
-  for (size_t v = 0; v < vecs; ++v) {
-    const size_t i = 16 * v;
-    const auto at = static_cast<int>(i);
-    Vec s = mul(load(p + i), scale), slope = scale;
+  const Seen seen = {static_cast<int>(t.first[r]), static_cast<int>(t.end[r])};
+  const Vec scale = splat(t.scale), delta = splat(t.delta[r]);
+  const Vec shift = splat(t.lse[r] * -kLog2E);
+  const Vec factor = splat(t.softcap > 0 ? t.softcap * kLog2E : t.scale * kLog2E);
+  const Vec inverse = splat(t.softcap > 0 ? t.scale / t.softcap : 0);
+  for (size_t i = 0; i < 16 * vecs; i += 16) {
+    Vec s = load(p + i), slope = scale;
     if (t.softcap > 0) {
-      const Vec bent = tanh_of(mul(s, inverse));
-      s = mul(cap, bent);
-      slope = mul(scale, fnma(bent, bent, splat(1.0f)));
+      s = tanh_of(mul(s, inverse));
+      slope = mul(scale, fnma(s, s, splat(1.0f)));
     }
-    const Vec e = exp_of(sub(s, lse));
-    const Vec g = mul(mul(e, sub(load(ds + i), delta)), slope);
-    const Mask seen = lanes_between(first - at, end - at);
-    store(p + i, select(seen, e, zero()));
-    store(ds + i, select(seen, g, zero()));
+    Vec e = exp2_of(fma(s, factor, shift));
+    Vec g = mul(mul(e, sub(load(ds + i), delta)), slope);
+    if (!seen.all(i)) {
+      const Mask mask = seen.mask(i);
+      e = select(mask, e, zero());
+      g = select(mask, g, zero());
+    }
+    store(p + i, e);
+    store(ds + i, g);
   }
 }
 

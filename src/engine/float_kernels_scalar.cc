@@ -95,9 +95,15 @@ inline Mask lanes_between(int first, int end) {
 inline Vec select(Mask m, Vec yes, Vec no) {
   return lanes([&](int i) { return m.lane[i] ? yes.lane[i] : no.lane[i]; });
 }
-inline Vec power_of_two(Vec t) {
+// To nearest, ties to even, for |x| < 2^22: adding 1.5 · 2^23 leaves no room for a fraction.
+inline Vec round_to_integer(Vec x) {
+  return lanes([&](int i) { return (x.lane[i] + 12582912.0f) - 12582912.0f; });
+}
+// x · 2^n for whole −126 ≤ n ≤ 127.
+inline Vec times_power_of_two(Vec x, Vec n) {
   return lanes([&](int i) {
-    return std::bit_cast<float>((std::bit_cast<uint32_t>(t.lane[i]) + 127) << 23);
+    const auto exponent = std::bit_cast<uint32_t>(n.lane[i] + 12582912.0f) + 127;
+    return x.lane[i] * std::bit_cast<float>(exponent << 23);
   });
 }
 inline float sum_lanes(Vec v) {
