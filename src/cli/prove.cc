@@ -47,9 +47,11 @@ void show_progress(const ProveProgress& p) {
 void print_comparison(const Comparison& c, const Results& mine, const std::string& other) {
   fmt::print("against {}: both right {}, only this {}, only that {}, both wrong {}\n", other,
              c.counts.both, c.counts.only_a, c.counts.only_b, c.counts.neither);
+  const double difference =
+      (static_cast<double>(c.counts.only_a) - static_cast<double>(c.counts.only_b)) /
+      static_cast<double>(std::max<size_t>(c.counts.total(), 1));
   fmt::print("  difference {:+.1f} points ({:+.1f} to {:+.1f}), McNemar p = {:.4f}\n",
-             100 * (c.difference.low + c.difference.high) / 2, 100 * c.difference.low,
-             100 * c.difference.high, c.p);
+             100 * difference, 100 * c.difference.low, 100 * c.difference.high, c.p);
   for (const size_t i : c.newly_wrong) {
     fmt::print("  newly wrong: {}: {}\n", mine.items[i].id, mine.items[i].answer);
   }

@@ -133,7 +133,7 @@ struct Operand {
 void multiply(Pool& pool, const Operand& a, const Operand& b, size_t m, size_t n, size_t k,
               const DenseTarget& y) {
   MORU_CHECK(a.type == b.type);
-  MORU_CHECK(!y.accumulate || y.type == DType::f32);
+  MORU_CHECK(!y.accumulate || (y.type == DType::f32 && y.scale == 1));
   if (m == 0 || n == 0) return;
   const size_t row_tiles = (m + kTileRows - 1) / kTileRows;
   const size_t col_tiles = (n + kTileCols - 1) / kTileCols;

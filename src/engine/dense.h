@@ -33,7 +33,7 @@ struct DenseTarget {
   void* data = nullptr;
   size_t ld = 0;
   bool accumulate = false;
-  float scale = 1;  // of the product, before it is stored or added
+  float scale = 1;  // of the product; 1 where it is added: oneDNN has no fast way to do both
 };
 
 // y [m, n] = x [m, k] · w [n, k]ᵀ       a linear layer forward

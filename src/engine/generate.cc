@@ -294,7 +294,8 @@ void Generator::step(const std::function<void(const GenerationEvent&)>& emit) {
       s.take(a, {logits + i * vocab, vocab}, event);
       event.completion_tokens = a.completion_tokens;
       if (event.finish && !a.stop.stopped()) {
-        event.text += a.stop.push(a.text.finish());
+        // A character that the length limit cut in two is left out.
+        if (*event.finish == Finish::stop) event.text += a.stop.push(a.text.finish());
         event.text += a.stop.finish();
       }
       events.push_back(std::move(event));

@@ -143,9 +143,11 @@ class Labels {
     block(box);
     return true;
   }
+  enum class Leader { clear, over_points };
   // A place for a label of this size near `point`, or nullopt. Nearer places come first, and among
-  // equally near ones right, then above and below, then left.
-  std::optional<Place> find(Point point, double width, double height) {
+  // equally near ones right, then above and below, then left. The line that leads to a far label
+  // may pass over other points only where that is asked for.
+  std::optional<Place> find(Point point, double width, double height, Leader leader) {
     constexpr std::array<int, 16> kOrder = {0, 1, 15, 2, 14, 8, 7, 9, 3, 13, 6, 10, 4, 12, 5, 11};
     for (const double distance : {11.0, 17.0, 25.0, 36.0, 50.0, 68.0, 90.0, 116.0, 146.0}) {
       for (const int sixteenth : kOrder) {
@@ -159,7 +161,7 @@ class Labels {
         const Point end = {std::clamp(point.x, box.left, box.right),
                            std::clamp(point.y, box.top, box.bottom)};
         const bool far = distance > 20;
-        if (far && !is_clear(point, end)) continue;
+        if (far && leader == Leader::clear && !is_clear(point, end)) continue;
         block(box);
         if (far) leaders_.push_back({point, end});
         return Place{box, far, end};
@@ -390,16 +392,21 @@ void draw_candidates(Svg& out, const Plot& plot, CandidateList measured, Labels&
   }
 }
 
-constexpr double kBold = 1.08;  // how much wider bold words are
+struct LabelStyle {
+  const char* name = "label";
+  double stretch = 1;  // how much wider its words are
+  Labels::Leader leader = Labels::Leader::clear;
+};
+constexpr LabelStyle kPlain, kChosen{"label chosen", 1.08},
+    kChosenInCrowd{"label chosen", 1.08, Labels::Leader::over_points};
 
 // Whether there was room.
-bool label(Svg& out, const char* style, Point at, const std::string& words, double stretch,
-           Labels& places) {
+bool label(Svg& out, const LabelStyle& style, Point at, const std::string& words, Labels& places) {
   const std::optional<Labels::Place> place =
-      places.find(at, out.width_of(words) * stretch, out.line_height());
+      places.find(at, out.width_of(words) * style.stretch, out.line_height(), style.leader);
   if (!place) return false;
   if (place->has_leader) out.line("leader", at, place->leader_end);
-  out.text_in(style, place->box, words);
+  out.text_in(style.name, place->box, words);
   return true;
 }
 
@@ -414,14 +421,14 @@ void label_candidates(Svg& out, const Plot& plot, CandidateList measured, Labels
     const std::string name = truncate_to_width(c->name, c->chosen ? 22 : 18);
     const Point p = plot.at(*c);
     if (c->chosen) {
-      // Rather a shorter label than none.
-      for (const std::string& words :
-           {fmt::format("{}, {}", name, format_usd(c->usd_per_1000)), name, std::string("chosen")})
-        if (label(out, "label chosen", p, words, kBold, places)) break;
+      // It must have one: rather across other points, rather a shorter one, than none.
+      const std::string words = fmt::format("{}, {}", name, format_usd(c->usd_per_1000));
+      if (!label(out, kChosen, p, words, places) && !label(out, kChosenInCrowd, p, words, places))
+        label(out, kChosenInCrowd, p, name, places);
     } else if (plot.is_below(*c)) {
-      label(out, "label", p, fmt::format("{}, {}", name, format_score(c->accuracy())), 1, places);
+      label(out, kPlain, p, fmt::format("{}, {}", name, format_score(c->accuracy())), places);
     } else {
-      label(out, "label", p, name, 1, places);
+      label(out, kPlain, p, name, places);
     }
   }
 }

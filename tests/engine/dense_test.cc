@@ -48,7 +48,7 @@ TEST_CASE("the three products equal their definitions") {
       matmul_nn(pool, DenseView::f32(d.data(), m, n), DenseView::f32(w.data(), n, k),
                 {.data = dx.data(), .ld = k});
       matmul_tn(pool, DenseView::f32(d.data(), m, n), DenseView::f32(x.data(), m, k),
-                {.data = dw.data(), .ld = k, .accumulate = true, .scale = 0.5f});
+                {.data = dw.data(), .ld = k, .accumulate = true});
       for (size_t at = 0; at < m * n; at += 7) {
         const size_t r = at / n, c = at % n;
         CHECK(y[at] == doctest::Approx(dot(
@@ -63,7 +63,7 @@ TEST_CASE("the three products equal their definitions") {
         CHECK(std::abs(dx[at] - wanted) < 1e-3);
       }
       for (size_t at = 0; at < n * k; at += 7) {
-        const double wanted = 1 + 0.5 * dot(
+        const double wanted = 1 + dot(
                                             m, [&](size_t i) { return d[i * n + at / k]; },
                                             [&](size_t i) { return x[i * k + at % k]; });
         CHECK(std::abs(dw[at] - wanted) < 1e-3);

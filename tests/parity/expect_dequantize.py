@@ -2,7 +2,7 @@
 the `gguf` Python package decodes them (f32, little endian). dtype_test compares the bits.
 
     pip install gguf numpy
-    python tests/parity/dequantize.py tests/golden/dequantize
+    python tests/parity/expect_dequantize.py tests/golden/dequantize
 """
 
 import pathlib

@@ -6,7 +6,7 @@ there, so they are found the long way: the likelihood under the hypothesis is ma
 bounded numerical search over one free probability, and the score test is inverted by brentq.
 Neither step uses the closed forms that the C++ code uses.
 
-    python3 tests/parity/statistics.py > tests/prove/statistics_table.inc
+    python3 tests/parity/expect_statistics.py > tests/prove/statistics_table.inc
 
 Needs scipy and statsmodels.
 """
@@ -117,7 +117,7 @@ def number(x):
 
 
 def main():
-    print("// Written by tests/parity/statistics.py.")
+    print("// Written by tests/parity/expect_statistics.py.")
     print("constexpr WilsonRow kWilson[] = {")
     for correct, total in PROPORTIONS:
         for confidence in (0.95, 0.99):

@@ -14,7 +14,7 @@ MORU_PEERS (~/.cache/moru-peers) and below each folder of MORU_TEMPLATES, separa
 *.jinja, and the chat_template of tokenizer_config.json and chat_template.json. Entries of templates
 that are not found are kept.
 
-  python tests/parity/chat_templates.py
+  python tests/parity/expect_chat_templates.py
 """
 
 import datetime
