@@ -63,26 +63,6 @@ std::optional<ChatTemplate> folder_template(const fs::path& folder) {
   return std::nullopt;
 }
 
-// A GGUF's vocabulary is as long as its list of tokens; folders may have more rows of embeddings
-// than tokens.
-void pad_tokens(GgufMetadata& metadata, size_t vocab) {
-  std::vector<std::string> tokens = metadata.texts("tokenizer.ggml.tokens");
-  if (tokens.size() >= vocab) return;
-  std::vector<int32_t> types;
-  for (const int64_t type : metadata.integers("tokenizer.ggml.token_type"))
-    types.push_back(static_cast<int32_t>(type));
-  std::vector<float> scores = metadata.floats("tokenizer.ggml.scores");
-  constexpr int32_t kUnused = 5;
-  constexpr uint32_t kString = 8, kI32 = 5, kF32 = 6;  // GGUF's ids of element types
-  if (!scores.empty()) scores.resize(vocab, 0.0f);
-  types.resize(tokens.size(), 1);
-  types.resize(vocab, kUnused);
-  while (tokens.size() < vocab) tokens.push_back(fmt::format("[PAD{}]", tokens.size()));
-  metadata.set("tokenizer.ggml.tokens", GgufArray{kString, std::move(tokens)});
-  metadata.set("tokenizer.ggml.token_type", GgufArray{kI32, std::move(types)});
-  if (!scores.empty()) metadata.set("tokenizer.ggml.scores", GgufArray{kF32, std::move(scores)});
-}
-
 ModelFiles open_gguf(const fs::path& path) {
   GgufFile file(path);
   const Family& family = family_of_gguf(file.metadata());
@@ -145,9 +125,8 @@ ModelFiles open_folder(const fs::path& folder) {
   files.metadata = gguf_metadata_of(family, config);
   files.metadata.where = folder.string();
   files.metadata.set("general.name", GgufScalar{folder.filename().string()});
-  for (GgufPair& pair : files.tokenizer.gguf_metadata())
+  for (GgufPair& pair : files.tokenizer.gguf_metadata(config.vocab))
     files.metadata.set(pair.key, std::move(pair.value));
-  pad_tokens(files.metadata, config.vocab);
   if (files.chat_template)
     files.metadata.set("tokenizer.chat_template", GgufScalar{files.chat_template->source()});
   files.folder = std::move(tensors);
