@@ -37,7 +37,8 @@ void Operand::multiply(Pool& pool, std::initializer_list<LinearProduct> products
     }
     if (!bf16_ready_) {
       bf16_.resize(m_ * k_);
-      for (size_t r = 0; r < m_; ++r) round_to_bf16(pool, x_ + r * ldx_, k_, &bf16_[r * k_]);
+      MORU_CHECK(ldx_ == k_);
+      round_to_bf16(pool, x_, m_ * k_, bf16_.data());
       bf16_ready_ = true;
     }
     matmul_nt(pool, DenseView::bf16(bf16_.data(), m_, k_),

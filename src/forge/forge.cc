@@ -199,11 +199,12 @@ struct Forge {
       write_file(begun, "");
       Json curve = Json::array();
       const TuneResult result = tune(tuning, [&](const TuneEvent& event) {
+        const double done = static_cast<double>(event.step) /
+                            static_cast<double>(std::max<uint64_t>(event.steps, 1));
+        if (event.kind == TuneEvent::Kind::resumed) live.begin("tune", done);
         if (event.kind == TuneEvent::Kind::step)
-          live.update(static_cast<double>(event.step) /
-                          static_cast<double>(std::max<uint64_t>(event.steps, 1)),
-                      fmt::format("loss {:.3f}, {:.0f} tokens/s", event.loss,
-                                  event.tokens_per_second));
+          live.update(done, fmt::format("loss {:.3f}, {:.0f} tokens/s", event.loss,
+                                        event.tokens_per_second));
         if (event.kind == TuneEvent::Kind::skipped) live.note(event.text);
       });
       fs::remove_all(options.out / "adapter");
