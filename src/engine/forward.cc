@@ -107,7 +107,7 @@ struct Engine::State {
 
     rms_norm(x, w.attn_norm, norm);
     watch(index, "attn_q", norm);
-    operand.set(norm.data(), norm.cols, tokens, norm.cols);
+    operand.set(norm.data(), tokens, norm.cols);
     operand.multiply(pool, {{&w.q, q.data(), q.cols}, {&w.k, k.data(), k.cols},
                             {&w.v, v.data(), v.cols}});
     bias(q, w.q_bias);
@@ -127,19 +127,19 @@ struct Engine::State {
                    .window = c.is_windowed(index) ? c.window : 0},
                   cache, index, attention_spans, q.data(), q.cols, mixed.data(), mixed.cols);
     watch(index, "attn_output", mixed);
-    operand.set(mixed.data(), mixed.cols, tokens, mixed.cols);
+    operand.set(mixed.data(), tokens, mixed.cols);
     operand.multiply(pool, {{&w.attn_out, branch.data(), branch.cols}});
     bias(branch, w.attn_out_bias);
     add_branch(w.attn_post_norm);
 
     rms_norm(x, w.ffn_norm, norm);
     watch(index, "ffn_gate", norm);
-    operand.set(norm.data(), norm.cols, tokens, norm.cols);
+    operand.set(norm.data(), tokens, norm.cols);
     operand.multiply(pool, {{&w.gate, gate.data(), gate.cols}, {&w.up, up.data(), up.cols}});
     gate_rows(pool, c.activation, gate.data(), gate.cols, up.data(), up.cols, tokens, gate.cols,
               hidden.data(), hidden.cols);
     watch(index, "ffn_down", hidden);
-    operand.set(hidden.data(), hidden.cols, tokens, hidden.cols);
+    operand.set(hidden.data(), tokens, hidden.cols);
     operand.multiply(pool, {{&w.down, branch.data(), branch.cols}});
     add_branch(w.ffn_post_norm);
   }
@@ -158,7 +158,7 @@ struct Engine::State {
     if (watcher) watcher("output.weight", norm.data(), wanted, norm.cols);
     for (size_t first = 0; first < wanted; first += kLogitRows) {
       const size_t count = std::min(kLogitRows, wanted - first);
-      operand.set(norm.row(first), norm.cols, count, norm.cols);
+      operand.set(norm.row(first), count, norm.cols);
       operand.multiply(pool, {{&model.output(), logits.data(), logits.cols}});
       if (c.logit_scale != 1) {
         for (size_t i = 0; i < count * c.vocab; ++i) logits.data()[i] *= c.logit_scale;

@@ -12,9 +12,8 @@ void Operand::reserve(size_t m, size_t k) {
   quant_products_.reserve(4);
 }
 
-void Operand::set(const float* x, size_t ldx, size_t m, size_t k) {
+void Operand::set(const float* x, size_t m, size_t k) {
   x_ = x;
-  ldx_ = ldx;
   m_ = m;
   k_ = k;
   quantized_ready_ = bf16_ready_ = false;
@@ -31,13 +30,12 @@ void Operand::multiply(Pool& pool, std::initializer_list<LinearProduct> products
     MORU_CHECK(w != nullptr);
     const DenseTarget target{.data = p.y, .ld = p.ldy, .accumulate = p.store == Store::add};
     if (w->type == DType::f32) {
-      matmul_nt(pool, DenseView::f32(x_, m_, k_, ldx_), DenseView::f32(w->f32(), w->rows, w->cols),
+      matmul_nt(pool, DenseView::f32(x_, m_, k_), DenseView::f32(w->f32(), w->rows, w->cols),
                 target);
       continue;
     }
     if (!bf16_ready_) {
       bf16_.resize(m_ * k_);
-      MORU_CHECK(ldx_ == k_);
       round_to_bf16(pool, x_, m_ * k_, bf16_.data());
       bf16_ready_ = true;
     }
@@ -46,7 +44,7 @@ void Operand::multiply(Pool& pool, std::initializer_list<LinearProduct> products
   }
   if (quant_products_.empty()) return;
   if (!quantized_ready_) {
-    quantize_rows(pool, x_, ldx_, m_, k_, quantized_);
+    quantize_rows(pool, x_, k_, m_, k_, quantized_);
     quantized_ready_ = true;
   }
   matmul(pool, quantized_, quant_products_);

@@ -25,14 +25,14 @@ class Operand {
  public:
   // Room for `m` rows of `k`, so that later calls allocate nothing.
   void reserve(size_t m, size_t k);
-  // x: [m, k], rows ldx apart; must stay until the products are done.
-  void set(const float* x, size_t ldx, size_t m, size_t k);
+  // x: [m, k]; must stay until the products are done.
+  void set(const float* x, size_t m, size_t k);
   // All products of one operand in as few parallel phases as their forms allow.
   void multiply(Pool& pool, std::initializer_list<LinearProduct> products);
 
  private:
   const float* x_ = nullptr;
-  size_t ldx_ = 0, m_ = 0, k_ = 0;
+  size_t m_ = 0, k_ = 0;
   bool quantized_ready_ = false, bf16_ready_ = false;
   QuantizedRows quantized_;
   std::vector<uint16_t> bf16_;
