@@ -86,7 +86,8 @@ inline double fma_rate(Pool& pool) {
   const bool wide = isa() == Isa::avx512;
   std::vector<float> sink(pool.size() * 16);
   const double seconds = best_seconds(0.3, [&] {
-    pool.each(pool.size(), [&](size_t thread) { sink[thread * 16] = wide ? fmas_avx512() : fmas_avx2(); });
+    pool.each(pool.size(),
+              [&](size_t thread) { sink[thread * 16] = wide ? fmas_avx512() : fmas_avx2(); });
   });
   return static_cast<double>(pool.size() * kFmaSteps) * (wide ? 16 * 32 : 12 * 16) / seconds;
 }

@@ -99,7 +99,8 @@ double int16_rate(Pool& pool) {  // operations, two a multiply-add, a second
   if (isa() == Isa::scalar) return 0;
   std::vector<int> sink(pool.size() * 16);
   const double seconds = best_seconds(0.5, [&] {
-    pool.each(pool.size(), [&](size_t thread) { sink[thread * 16] = wide ? dots_avx512() : dots_avx2(); });
+    pool.each(pool.size(),
+              [&](size_t thread) { sink[thread * 16] = wide ? dots_avx512() : dots_avx2(); });
   });
   return static_cast<double>(pool.size() * kSteps) * 12 * (wide ? 64 : 32) / seconds;
 }

@@ -72,13 +72,12 @@ void measure(Pool& pool, const Model& model, Lora& lora, const char* name,
     best = std::min(best, watch.seconds());
   }
   const double flops = training_flops(model, lora, batch);
-  fmt::print("{}: {} tokens, {} learnt: {:.2f} s, {:.0f} tokens/s, {:.0f} GFLOP/s, {:.0f} % of "
-             "products; loss {:.4f}; activations {} MB, peak memory {} MB\n",
-             name, batch.tokens(), batch.trained(), best,
-             static_cast<double>(batch.tokens()) / best, flops / best / 1e9,
-             100 * flops / best / rate, loss,
-             LoraTraining::plan_bytes(model, lora, options) / 1'000'000,
-             peak_memory_bytes() / 1'000'000);
+  fmt::print(
+      "{}: {} tokens, {} learnt: {:.2f} s, {:.0f} tokens/s, {:.0f} GFLOP/s, {:.0f} % of "
+      "products; loss {:.4f}; activations {} MB, peak memory {} MB\n",
+      name, batch.tokens(), batch.trained(), best, static_cast<double>(batch.tokens()) / best,
+      flops / best / 1e9, 100 * flops / best / rate, loss,
+      LoraTraining::plan_bytes(model, lora, options) / 1'000'000, peak_memory_bytes() / 1'000'000);
   std::fflush(stdout);
 }
 
@@ -89,13 +88,11 @@ int main(int argc, char** argv) {
     fmt::print(stderr, "train_bench MODEL [bf16|f32] [none|light|block] [threads]\n");
     return 64;
   }
-  const Profile profile = argc > 2 && std::string_view(argv[2]) == "f32" ? Profile::f32
-                                                                         : Profile::bf16;
+  const Profile profile =
+      argc > 2 && std::string_view(argv[2]) == "f32" ? Profile::f32 : Profile::bf16;
   Pool pool(argc > 4 ? static_cast<size_t>(std::atoi(argv[4])) : usable_threads());
-  const Model model =
-      load_model(pool, open_model(argv[1]), {.profile = profile, .context = 2048});
-  const double rate =
-      product_rate(pool, profile == Profile::bf16 ? DType::bf16 : DType::f32);
+  const Model model = load_model(pool, open_model(argv[1]), {.profile = profile, .context = 2048});
+  const double rate = product_rate(pool, profile == Profile::bf16 ? DType::bf16 : DType::f32);
   fmt::print("{}, {}: products {:.0f} GFLOP/s\n", machine_name(),
              profile == Profile::bf16 ? "bf16" : "f32", rate / 1e9);
   const size_t vocab = model.config.vocab;

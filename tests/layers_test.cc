@@ -32,8 +32,7 @@ TEST_CASE("every include points to the same folder or a lower one") {
   for (const auto& entry : fs::recursive_directory_iterator(MORU_SOURCE_DIR "/src")) {
     const std::string ending = entry.path().extension().string();
     if (ending != ".h" && ending != ".cc") continue;
-    const std::string folder =
-        fs::relative(entry.path(), MORU_SOURCE_DIR "/src").begin()->string();
+    const std::string folder = fs::relative(entry.path(), MORU_SOURCE_DIR "/src").begin()->string();
     REQUIRE_MESSAGE(kMayInclude.count(folder) == 1, folder << " is not in the list of layers");
     const auto& allowed = kMayInclude.at(folder);
     std::ifstream in(entry.path());

@@ -14,8 +14,8 @@
 namespace moru {
 
 struct Ended {
-  int code = -1;        // of exit; 128 + signal if one ended it
-  std::string output;   // stdout and stderr together
+  int code = -1;       // of exit; 128 + signal if one ended it
+  std::string output;  // stdout and stderr together
 };
 
 class Program {

@@ -18,13 +18,14 @@ struct TinyModelOptions {
   std::string family = "llama";  // or "gemma3": sandwich norms, QK norm, windows
   DType type = DType::q8_0;      // of the matrices
   size_t layers = 2, width = 256, ffn_width = 512, heads = 4, kv_heads = 2, head_dim = 64;
-  size_t window = 24;            // gemma3
+  size_t window = 24;  // gemma3
   uint64_t seed = 1;
-  std::string chat_template;     // empty: none
+  std::string chat_template;  // empty: none
 };
 
 // Blocks of random codes whose f16 scales are such that values are about 1/√cols.
-inline std::vector<std::byte> random_blocks(DType type, size_t count, float spread, Random& random) {
+inline std::vector<std::byte> random_blocks(DType type, size_t count, float spread,
+                                            Random& random) {
   std::vector<std::byte> bytes(bytes_of(type, count));
   if (is_float(type)) {
     for (size_t i = 0; i < count; ++i) {
@@ -44,10 +45,10 @@ inline std::vector<std::byte> random_blocks(DType type, size_t count, float spre
     float code;  // typical magnitude of code times sub-scale
   };
   static const std::vector<Scales> kScales = {
-      {DType::q8_0, {0}, 74},      {DType::q4_0, {0}, 5},       {DType::q4_1, {0, 2}, 8},
-      {DType::q5_0, {0}, 9},       {DType::q5_1, {0, 2}, 16},   {DType::q2_k, {80, 82}, 13},
-      {DType::q3_k, {108}, 42},    {DType::q4_k, {0, 2}, 280},  {DType::q5_k, {0, 2}, 560},
-      {DType::q6_k, {208}, 1360},  {DType::iq4_nl, {0}, 70},    {DType::iq4_xs, {0}, 1300}};
+      {DType::q8_0, {0}, 74},     {DType::q4_0, {0}, 5},      {DType::q4_1, {0, 2}, 8},
+      {DType::q5_0, {0}, 9},      {DType::q5_1, {0, 2}, 16},  {DType::q2_k, {80, 82}, 13},
+      {DType::q3_k, {108}, 42},   {DType::q4_k, {0, 2}, 280}, {DType::q5_k, {0, 2}, 560},
+      {DType::q6_k, {208}, 1360}, {DType::iq4_nl, {0}, 70},   {DType::iq4_xs, {0}, 1300}};
   for (size_t block = 0; block < count / t.block; ++block) {
     std::byte* start = &bytes[block * t.block_bytes];
     if (type == DType::mxfp4) start[0] = static_cast<std::byte>(123 + random.below(3));
@@ -118,8 +119,8 @@ inline void write_tiny_model(const std::filesystem::path& path, const TinyModelO
   std::vector<Tensor> tensors;
   Random random(o.seed);
   const auto matrix = [&](const std::string& name, size_t rows, size_t cols, float gain = 1) {
-    data.push_back(random_blocks(o.type, rows * cols,
-                                 gain / std::sqrt(static_cast<float>(cols)), random));
+    data.push_back(
+        random_blocks(o.type, rows * cols, gain / std::sqrt(static_cast<float>(cols)), random));
     tensors.push_back({name, o.type, {rows, cols}, {}});
   };
   const auto norm = [&](const std::string& name, size_t size) {

@@ -19,10 +19,10 @@ Isa detect() {
   __builtin_cpu_init();
   // Every processor with AVX2 has F16C too, which Clang's builtin cannot ask for.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 =
-      avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+                      __builtin_cpu_supports("avx512bf16");
   return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::scalar;
 }
 
@@ -63,8 +63,8 @@ size_t count_threads() {
   const size_t allowed =
       sched_getaffinity(0, sizeof set, &set) == 0 ? static_cast<size_t>(CPU_COUNT(&set)) : 1;
   const double quota = std::max(1.0, std::floor(cgroup_quota()));
-  return std::max<size_t>(1, quota < static_cast<double>(allowed) ? static_cast<size_t>(quota)
-                                                                  : allowed);
+  return std::max<size_t>(
+      1, quota < static_cast<double>(allowed) ? static_cast<size_t>(quota) : allowed);
 }
 
 }  // namespace
@@ -76,9 +76,12 @@ Isa isa() {
 
 const char* name_of(Isa level) {
   switch (level) {
-    case Isa::scalar: return "scalar";
-    case Isa::avx2: return "avx2";
-    case Isa::avx512: return "avx512";
+    case Isa::scalar:
+      return "scalar";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
   }
   return "?";
 }

@@ -36,8 +36,8 @@ size_t peak_memory_bytes() {
 }
 
 size_t usable_memory_bytes() {
-  const size_t machine = static_cast<size_t>(::sysconf(_SC_PHYS_PAGES)) *
-                         static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+  const size_t machine =
+      static_cast<size_t>(::sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(::sysconf(_SC_PAGESIZE));
   std::ifstream in("/sys/fs/cgroup/memory.max");
   std::string limit;
   if (!(in >> limit) || limit == "max") return machine;

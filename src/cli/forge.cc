@@ -34,7 +34,7 @@ void run_forge(ForgeFlags flags) {
   }
   const ForgeReport report = forge(o);
   fmt::print("\n{}", report_table(report, {.colour = wants_colour(STDOUT_FILENO),
-                                             .width = terminal_width(STDOUT_FILENO)}));
+                                           .width = terminal_width(STDOUT_FILENO)}));
   fmt::print("report  {}\n", (o.out / "report.html").string());
   if (report.chosen() != nullptr)
     fmt::print("model   {}\nserve   moru serve {}\n", (o.out / "model.gguf").string(),
@@ -51,7 +51,8 @@ std::string command_line() {
       word += static_cast<char>(c);
       continue;
     }
-    const bool plain = !word.empty() && word.find_first_of(" \t\n\"'\\{}$&;|<>()*?") == std::string::npos;
+    const bool plain =
+        !word.empty() && word.find_first_of(" \t\n\"'\\{}$&;|<>()*?") == std::string::npos;
     line += (line.empty() ? "" : " ") + (plain ? word : "'" + word + "'");
     word.clear();
   }

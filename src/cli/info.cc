@@ -21,7 +21,9 @@ struct InfoFlags {
   bool tensors = false, json = false;
 };
 
-std::string join_ids(std::span<const TokenId> ids) { return fmt::format("{}", fmt::join(ids, " ")); }
+std::string join_ids(std::span<const TokenId> ids) {
+  return fmt::format("{}", fmt::join(ids, " "));
+}
 
 // 80 columns: long lists of ids break between ids.
 void print_wrapped(std::string_view label, std::string_view text) {
@@ -99,14 +101,17 @@ void info(const InfoFlags& flags) {
   line("path", files.path.string());
   line("family", c.family);
   line("parameters", fmt::format("{:.1f} M", static_cast<double>(all.elements) / 1e6));
-  line("bytes", fmt::format("{:.1f} MB, {:.2f} bits per weight", static_cast<double>(all.bytes) / 1e6,
-                            8.0 * static_cast<double>(all.bytes) /
-                                static_cast<double>(std::max<size_t>(all.elements, 1))));
+  line("bytes",
+       fmt::format("{:.1f} MB, {:.2f} bits per weight", static_cast<double>(all.bytes) / 1e6,
+                   8.0 * static_cast<double>(all.bytes) /
+                       static_cast<double>(std::max<size_t>(all.elements, 1))));
   line("shape", fmt::format("{} layers, width {}, ffn {}, {} heads of {}, {} KV heads", c.layers,
                             c.width, c.ffn_width, c.heads, c.head_dim, c.kv_heads));
-  line("vocabulary", fmt::format("{}{}", c.vocab, c.tied_head ? ", head tied to the embedding" : ""));
-  line("context", fmt::format("{} tokens{}", c.context,
-                              c.window ? fmt::format(", window of {} on some layers", c.window) : ""));
+  line("vocabulary",
+       fmt::format("{}{}", c.vocab, c.tied_head ? ", head tied to the embedding" : ""));
+  line("context",
+       fmt::format("{} tokens{}", c.context,
+                   c.window ? fmt::format(", window of {} on some layers", c.window) : ""));
   for (const auto& [type, share] : by_type)
     line("  " + type, fmt::format("{:4} tensors, {:8.1f} MB", share.tensors,
                                   static_cast<double>(share.bytes) / 1e6));

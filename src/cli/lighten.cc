@@ -63,8 +63,8 @@ void run_lighten(const LightenFlags& flags) {
     Engine engine(pool, model);
     importance = collect_importance(engine, sequences_of(flags, files), flags.calibration_tokens,
                                     [](size_t done, size_t total) {
-                                      show("calibrating", static_cast<double>(done) /
-                                                              static_cast<double>(total));
+                                      show("calibrating",
+                                           static_cast<double>(done) / static_cast<double>(total));
                                     });
   }
   const LightenResult made =

@@ -7,8 +7,8 @@
 #include <nlohmann/json.hpp>
 
 #include "base/clock.h"
-#include "base/hash.h"
 #include "base/error.h"
+#include "base/hash.h"
 #include "cli/commands.h"
 #include "cli/model_flags.h"
 #include "prove/divergence.h"
@@ -61,31 +61,30 @@ void ask(const ProveFlags& flags, const ModelFiles& files, Engine& engine) {
   const QuestionSet questions = read_questions(flags.questions, flags.rows);
   const Answerer answerer = make_answerer(files.path.filename().string(),
                                           sha256_of_path(files.path), engine, files, flags.style);
-  const Results results =
-      prove(questions, answerer,
-            {.limits = flags.limits,
-             .choice_score = flags.choice_score == "mean" ? ChoiceScore::per_character
-                                                          : ChoiceScore::sum,
-             .results = flags.results,
-             .replace_other = flags.restart,
-             .progress = show_progress});
+  const Results results = prove(
+      questions, answerer,
+      {.limits = flags.limits,
+       .choice_score = flags.choice_score == "mean" ? ChoiceScore::per_character : ChoiceScore::sum,
+       .results = flags.results,
+       .replace_other = flags.restart,
+       .progress = show_progress});
   const Tally t = tally(results.items);
   if (flags.json) {
-    fmt::print("{}\n", nlohmann::ordered_json{{"model", files.path.string()},
-                                              {"model_sha256", answerer.model_sha256},
-                                              {"questions_sha256", questions.file_sha256},
-                                              {"correct", t.correct},
-                                              {"total", t.total},
-                                              {"accuracy", t.accuracy()},
-                                              {"interval95", {t.interval.low, t.interval.high}},
-                                              {"tokens_in", t.tokens_in},
-                                              {"tokens_out", t.tokens_out},
-                                              {"cut", t.cut},
-                                              {"seconds", t.seconds},
-                                              {"tokens_per_second", t.tokens_per_second()},
-                                              {"usd_per_1000",
-                                               t.usd_per_1000(flags.machine_usd_per_hour)}}
-                           .dump(2));
+    fmt::print("{}\n",
+               nlohmann::ordered_json{{"model", files.path.string()},
+                                      {"model_sha256", answerer.model_sha256},
+                                      {"questions_sha256", questions.file_sha256},
+                                      {"correct", t.correct},
+                                      {"total", t.total},
+                                      {"accuracy", t.accuracy()},
+                                      {"interval95", {t.interval.low, t.interval.high}},
+                                      {"tokens_in", t.tokens_in},
+                                      {"tokens_out", t.tokens_out},
+                                      {"cut", t.cut},
+                                      {"seconds", t.seconds},
+                                      {"tokens_per_second", t.tokens_per_second()},
+                                      {"usd_per_1000", t.usd_per_1000(flags.machine_usd_per_hour)}}
+                   .dump(2));
   } else {
     fmt::print("{} of {} right: {} (95 %: {} to {})\n", t.correct, t.total, percent(t.accuracy()),
                percent(t.interval.low), percent(t.interval.high));

@@ -51,13 +51,13 @@ GenerationResult answer(Generator& generator, const ModelFiles& files, const Run
 }
 
 void print_json(const GenerationResult& result, double seconds) {
-  fmt::print("{}\n", nlohmann::ordered_json{
-                         {"text", result.text},
-                         {"finish", result.finish == Finish::stop ? "stop" : "length"},
-                         {"prompt_tokens", result.prompt_tokens},
-                         {"completion_tokens", result.completion_tokens},
-                         {"seconds", seconds}}
-                         .dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
+  fmt::print("{}\n",
+             nlohmann::ordered_json{{"text", result.text},
+                                    {"finish", result.finish == Finish::stop ? "stop" : "length"},
+                                    {"prompt_tokens", result.prompt_tokens},
+                                    {"completion_tokens", result.completion_tokens},
+                                    {"seconds", seconds}}
+                 .dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
 }
 
 void run(const RunFlags& flags) {
@@ -82,8 +82,7 @@ void run(const RunFlags& flags) {
       messages.push_back({{"role", "user"}, {"content", text}});
       prompt = encode_chat(files, {.messages = messages, .add_generation_prompt = true});
     }
-    const GenerationResult result =
-        answer(generator, files, flags, std::move(prompt), !flags.json);
+    const GenerationResult result = answer(generator, files, flags, std::move(prompt), !flags.json);
     messages.push_back({{"role", "assistant"}, {"content", result.text}});
     if (flags.json) print_json(result, watch.seconds());
     if (!flags.json) fmt::print("\n");

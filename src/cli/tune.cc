@@ -82,10 +82,11 @@ void print_examples(const TuneOptions& o, size_t count) {
     fmt::print("\n");
   }
   const DataCounts& c = data.counts;
-  fmt::print("--- {} rows: {} examples, {} tokens, {} learnt; {} truncated, {} without an answer, "
-             "{} not understood, {} learnt turn by turn, {} given EOS\n",
-             c.rows, data.examples.size(), data.tokens(), data.trained_tokens(), c.truncated,
-             c.without_answer, c.bad, c.split_by_turn, c.without_end);
+  fmt::print(
+      "--- {} rows: {} examples, {} tokens, {} learnt; {} truncated, {} without an answer, "
+      "{} not understood, {} learnt turn by turn, {} given EOS\n",
+      c.rows, data.examples.size(), data.tokens(), data.trained_tokens(), c.truncated,
+      c.without_answer, c.bad, c.split_by_turn, c.without_end);
   for (size_t i = 0; i < std::min<size_t>(5, data.problems.size()); ++i)
     fmt::print("    line {}: {} {}\n", data.problems[i].line, data.problems[i].field,
                data.problems[i].what);
@@ -94,7 +95,8 @@ void print_examples(const TuneOptions& o, size_t count) {
 void print_event(const TuneEvent& event, bool live) {
   if (event.kind == TuneEvent::Kind::step) {
     const std::string line = fmt::format(
-        "step {:>4}/{}  epoch {:.2f}  loss {:.4f}  lr {:.2e}  grad norm {:.3f}  {:.0f} tokens/s  {} "
+        "step {:>4}/{}  epoch {:.2f}  loss {:.4f}  lr {:.2e}  grad norm {:.3f}  {:.0f} tokens/s  "
+        "{} "
         "left",
         event.step, event.steps, event.epoch, event.loss, event.lr, event.grad_norm,
         event.tokens_per_second, format_duration(event.seconds_left));
@@ -124,8 +126,7 @@ void run_tune(const TuneFlags& flags) {
       write_merged_folder(merged, files, lora, type);
   }
   if (flags.json) {
-    nlohmann::ordered_json j =
-        nlohmann::ordered_json::parse(read_file(o.out / "tune.json"));
+    nlohmann::ordered_json j = nlohmann::ordered_json::parse(read_file(o.out / "tune.json"));
     if (!merged.empty()) j["merged"] = merged;
     fmt::print("{}\n", j.dump(2));
     return;

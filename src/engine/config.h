@@ -35,20 +35,22 @@ struct Config {
   NormLayout norm_layout = NormLayout::pre;
   QkNorm qk_norm = QkNorm::none;
   Activation activation = Activation::silu;
-  bool tied_head = false;         // logits = head(x) with the embedding's weights
-  float attn_scale = 0;           // of the scores
+  bool tied_head = false;                     // logits = head(x) with the embedding's weights
+  float attn_scale = 0;                       // of the scores
   float attn_softcap = 0, final_softcap = 0;  // 0: none
   float embedding_scale = 1;
-  float residual_scale = 1;       // of what each sub-layer adds to x
-  float logit_scale = 1;          // always a multiplier
-  RopeConfig rope;                // of full-attention layers
-  RopeConfig local_rope;          // of windowed layers
-  size_t window = 0;              // tokens a windowed layer sees; 0: no layer is windowed
-  std::vector<bool> windowed;     // by layer; empty: none
+  float residual_scale = 1;    // of what each sub-layer adds to x
+  float logit_scale = 1;       // always a multiplier
+  RopeConfig rope;             // of full-attention layers
+  RopeConfig local_rope;       // of windowed layers
+  size_t window = 0;           // tokens a windowed layer sees; 0: no layer is windowed
+  std::vector<bool> windowed;  // by layer; empty: none
 
   size_t q_width() const { return heads * head_dim; }
   size_t kv_width() const { return kv_heads * head_dim; }
-  bool is_windowed(size_t layer) const { return window != 0 && !windowed.empty() && windowed[layer]; }
+  bool is_windowed(size_t layer) const {
+    return window != 0 && !windowed.empty() && windowed[layer];
+  }
 };
 
 }  // namespace moru

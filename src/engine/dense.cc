@@ -1,10 +1,9 @@
 #include "engine/dense.h"
 
-#include <dnnl.hpp>
-
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <dnnl.hpp>
 #include <map>
 #include <memory>
 #include <mutex>

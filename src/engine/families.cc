@@ -32,8 +32,8 @@ struct Family {
   std::string_view activation_key = "hidden_act";
   bool scales_embedding = false;  // by √width
   bool tied_by_default = false;
-  double local_theta = 0;         // of windowed layers; 0: the family has none
-  size_t window_period = 0;       // every n-th layer sees everything, the others a window
+  double local_theta = 0;    // of windowed layers; 0: the family has none
+  size_t window_period = 0;  // every n-th layer sees everything, the others a window
   double default_theta = 10000;
   std::span<const NamePair> block_names;
 };
@@ -153,8 +153,8 @@ void finish(const Family& family, const Keys& keys, Config& config) {
     keys.refuse("head_dim", fmt::format("is {}, an odd number", config.head_dim));
   if (config.rope.dims == 0) config.rope.dims = config.head_dim;
   if (config.rope.dims > config.head_dim || config.rope.dims % 2 != 0)
-    keys.refuse("rope dimensions", fmt::format("{} do not fit a head of {}", config.rope.dims,
-                                               config.head_dim));
+    keys.refuse("rope dimensions",
+                fmt::format("{} do not fit a head of {}", config.rope.dims, config.head_dim));
   if (config.attn_scale == 0)
     config.attn_scale = 1 / std::sqrt(static_cast<float>(config.head_dim));
   config.local_rope = {.theta = static_cast<float>(family.local_theta), .dims = config.rope.dims};
@@ -221,8 +221,9 @@ Config config_of_gguf(const Family& family, const GgufMetadata& m) {
   c.width = size("embedding_length", kMaxWidth);
   c.ffn_width = size("feed_forward_length", kMaxWidth);
   c.heads = size("attention.head_count", kMaxHeads);
-  c.kv_heads = m.integer(key("attention.head_count_kv")) ? size("attention.head_count_kv", kMaxHeads)
-                                                         : c.heads;
+  c.kv_heads = m.integer(key("attention.head_count_kv"))
+                   ? size("attention.head_count_kv", kMaxHeads)
+                   : c.heads;
   c.context = size("context_length", kMaxContext);
   c.head_dim = m.integer(key("attention.key_length")) ? size("attention.key_length", kMaxWidth)
                                                       : c.width / c.heads;
@@ -236,8 +237,8 @@ Config config_of_gguf(const Family& family, const GgufMetadata& m) {
   const std::string scaling = m.text(key("rope.scaling.type")).value_or("none");
   if (scaling == "linear") {
     c.rope.scaling = RopeConfig::Scaling::linear;
-    c.rope.factor = keys.positive(key("rope.scaling.factor"),
-                                  m.number(key("rope.scaling.factor")).value_or(1));
+    c.rope.factor =
+        keys.positive(key("rope.scaling.factor"), m.number(key("rope.scaling.factor")).value_or(1));
   } else if (scaling != "none") {
     keys.unsupported(key("rope.scaling.type"), scaling);
   }
@@ -305,7 +306,8 @@ void read_rope(const Keys& keys, const Json& rope, RopeConfig& out) {
   out.factor = keys.positive("factor", number(keys, rope, "factor", 1));
   out.scaling = type == "linear" ? RopeConfig::Scaling::linear : RopeConfig::Scaling::llama3;
   if (type == "llama3") {
-    out.low_freq_factor = keys.positive("low_freq_factor", number(keys, rope, "low_freq_factor", 1));
+    out.low_freq_factor =
+        keys.positive("low_freq_factor", number(keys, rope, "low_freq_factor", 1));
     out.high_freq_factor =
         keys.positive("high_freq_factor", number(keys, rope, "high_freq_factor", 4));
     out.original_context =
@@ -328,8 +330,8 @@ Config config_of_folder(const Family& family, const std::string& where, const Js
   c.ffn_width = size("intermediate_size", kMaxWidth);
   c.vocab = size("vocab_size", kMaxVocab);
   c.heads = size("num_attention_heads", kMaxHeads);
-  c.kv_heads = integer(keys, j, "num_key_value_heads") ? size("num_key_value_heads", kMaxHeads)
-                                                       : c.heads;
+  c.kv_heads =
+      integer(keys, j, "num_key_value_heads") ? size("num_key_value_heads", kMaxHeads) : c.heads;
   const uint64_t head_dim = integer(keys, j, "head_dim").value_or(0);
   c.head_dim = head_dim != 0 ? size("head_dim", kMaxWidth) : c.width / c.heads;
   c.context = size("max_position_embeddings", kMaxContext);
@@ -353,8 +355,7 @@ Config config_of_folder(const Family& family, const std::string& where, const Js
     c.final_softcap = keys.positive("final_logit_softcapping", cap);
   if (const double scalar = number(keys, j, "query_pre_attn_scalar", 0); scalar != 0)
     c.attn_scale = 1 / std::sqrt(keys.positive("query_pre_attn_scalar", scalar));
-  c.rope.theta =
-      keys.positive("rope_theta", number(keys, j, "rope_theta", family.default_theta));
+  c.rope.theta = keys.positive("rope_theta", number(keys, j, "rope_theta", family.default_theta));
   const double partial = number(keys, j, "partial_rotary_factor", 1);
   c.rope.dims = static_cast<size_t>(static_cast<double>(c.head_dim) * partial);
 

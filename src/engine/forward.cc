@@ -108,8 +108,8 @@ struct Engine::State {
     rms_norm(x, w.attn_norm, norm);
     watch(index, "attn_q", norm);
     operand.set(norm.data(), tokens, norm.cols);
-    operand.multiply(pool, {{&w.q, q.data(), q.cols}, {&w.k, k.data(), k.cols},
-                            {&w.v, v.data(), v.cols}});
+    operand.multiply(
+        pool, {{&w.q, q.data(), q.cols}, {&w.k, k.data(), k.cols}, {&w.v, v.data(), v.cols}});
     bias(q, w.q_bias);
     bias(k, w.k_bias);
     bias(v, w.v_bias);
@@ -163,8 +163,7 @@ struct Engine::State {
       if (c.logit_scale != 1) {
         for (size_t i = 0; i < count * c.vocab; ++i) logits.data()[i] *= c.logit_scale;
       }
-      if (c.final_softcap != 0)
-        softcap_rows(pool, logits.data(), count * c.vocab, c.final_softcap);
+      if (c.final_softcap != 0) softcap_rows(pool, logits.data(), count * c.vocab, c.final_softcap);
       visit(first, count, logits.data());
     }
   }

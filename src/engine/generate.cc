@@ -22,8 +22,8 @@ constexpr size_t kRemembered = 64;
 constexpr size_t kMinShared = 16;
 
 size_t common_prefix(std::span<const TokenId> a, std::span<const TokenId> b) {
-  return static_cast<size_t>(
-      std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first - a.begin());
+  return static_cast<size_t>(std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first -
+                             a.begin());
 }
 
 // Lets text through until a stop text is whole; holds back what may still become one.
@@ -100,7 +100,7 @@ struct Generator::State {
   const Tokenizer& tokenizer;
   size_t max_sequences;
   uint64_t next_number = 1;
-  std::list<Active> requests;  // in order of submission; the admitted ones compute
+  std::list<Active> requests;         // in order of submission; the admitted ones compute
   std::deque<Remembered> remembered;  // least recently used first
   Sampler sampler;
   std::vector<StepSpan> spans;
@@ -188,8 +188,7 @@ struct Generator::State {
       room -= count;
     }
     for (Active* a : stepping)
-      spans.push_back({&a->sequence,
-                       std::span(a->tokens).subspan(a->sequence.tokens(), a->planned),
+      spans.push_back({&a->sequence, std::span(a->tokens).subspan(a->sequence.tokens(), a->planned),
                        a->planned == a->pending() ? a->planned - 1 : a->planned});
   }
 
@@ -208,9 +207,9 @@ struct Generator::State {
       for (auto& entry : logprob.top) entry.second -= lse;
     }
     // Penalties overwrite logits, so the reported value is looked up in a copy of what matters.
-    const std::vector<float> before =
-        a.request.top_logprobs ? std::vector<float>(logits.begin(), logits.end())
-                               : std::vector<float>();
+    const std::vector<float> before = a.request.top_logprobs
+                                          ? std::vector<float>(logits.begin(), logits.end())
+                                          : std::vector<float>();
     const TokenId id =
         sampler.choose(logits, a.request.sampling, a.tokens, a.request.prompt.size());
     ++a.completion_tokens;
@@ -273,7 +272,8 @@ void Generator::step(const std::function<void(const GenerationEvent&)>& emit) {
       ++it;
       continue;
     }
-    emit({.request = it->number, .finish = Finish::length,
+    emit({.request = it->number,
+          .finish = Finish::length,
           .prompt_tokens = it->request.prompt.size()});
     it = s.requests.erase(it);
   }
@@ -305,9 +305,8 @@ void Generator::step(const std::function<void(const GenerationEvent&)>& emit) {
             [](const auto& a, const auto& b) { return a.request < b.request; });
   for (const GenerationEvent& event : events) {
     if (event.finish) {
-      const auto it = std::find_if(s.requests.begin(), s.requests.end(), [&](const Active& a) {
-        return a.number == event.request;
-      });
+      const auto it = std::find_if(s.requests.begin(), s.requests.end(),
+                                   [&](const Active& a) { return a.number == event.request; });
       s.remember(*it);
       s.requests.erase(it);
     }

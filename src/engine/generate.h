@@ -19,7 +19,7 @@
 namespace moru {
 
 struct GenerationRequest {
-  std::vector<TokenId> prompt;          // not empty
+  std::vector<TokenId> prompt;  // not empty
   size_t max_tokens = 256;
   SamplingOptions sampling;
   std::vector<TokenId> stop_ids;        // end the answer and are not part of it
@@ -85,8 +85,8 @@ struct Continuation {
   std::vector<TokenId> tokens;  // not empty
 };
 struct ContinuationScore {
-  double logprob = 0;    // natural, summed over the continuation's tokens
-  bool greedy = true;    // each token was the most likely one
+  double logprob = 0;  // natural, summed over the continuation's tokens
+  bool greedy = true;  // each token was the most likely one
 };
 std::vector<ContinuationScore> score_continuations(Engine& engine,
                                                    std::span<const Continuation> requests);

@@ -25,20 +25,27 @@ const ProjectionTraits& traits(Projection projection) {
 
 const Matrix& matrix_of(const Layer& layer, Projection projection) {
   switch (projection) {
-    case Projection::q: return layer.q;
-    case Projection::k: return layer.k;
-    case Projection::v: return layer.v;
-    case Projection::o: return layer.attn_out;
-    case Projection::gate: return layer.gate;
-    case Projection::up: return layer.up;
-    case Projection::down: return layer.down;
+    case Projection::q:
+      return layer.q;
+    case Projection::k:
+      return layer.k;
+    case Projection::v:
+      return layer.v;
+    case Projection::o:
+      return layer.attn_out;
+    case Projection::gate:
+      return layer.gate;
+    case Projection::up:
+      return layer.up;
+    case Projection::down:
+      return layer.down;
   }
   MORU_CHECK(false);
 }
 
 void lay_out(Lora& lora, const Config& c) {
   MORU_CHECK(lora.layers.size() == c.layers);
-  const std::array<size_t, kProjections> in = {c.width,  c.width, c.width, c.q_width(),
+  const std::array<size_t, kProjections> in = {c.width, c.width, c.width,    c.q_width(),
                                                c.width, c.width, c.ffn_width};
   const std::array<size_t, kProjections> out = {c.q_width(), c.kv_width(), c.kv_width(), c.width,
                                                 c.ffn_width, c.ffn_width,  c.width};

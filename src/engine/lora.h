@@ -51,7 +51,9 @@ struct Lora {
   std::span<float> a(const LoraPair& p) { return {values.data() + p.a, p.rank * p.in}; }
   std::span<float> b(const LoraPair& p) { return {values.data() + p.b, p.out * p.rank}; }
   std::span<const float> a(const LoraPair& p) const { return {values.data() + p.a, p.rank * p.in}; }
-  std::span<const float> b(const LoraPair& p) const { return {values.data() + p.b, p.out * p.rank}; }
+  std::span<const float> b(const LoraPair& p) const {
+    return {values.data() + p.b, p.out * p.rank};
+  }
 };
 
 // Sets scale, in, out and the places of every pair whose rank and alpha are set, by the model's

@@ -54,8 +54,7 @@ struct Loader {
     const Vector stored = vector(name, size);
     if (!q_or_k || !files.qk_interleaved) return stored;
     Vector turned(size);
-    for (size_t i = 0; i < size; ++i)
-      turned[i] = stored[interleaved_row(i, files.config.head_dim)];
+    for (size_t i = 0; i < size; ++i) turned[i] = stored[interleaved_row(i, files.config.head_dim)];
     return turned;
   }
 

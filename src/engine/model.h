@@ -55,7 +55,7 @@ struct Layer {
   Vector attn_post_norm, ffn_post_norm;  // sandwich
   Matrix q, k, v, attn_out;
   Vector q_bias, k_bias, v_bias, attn_out_bias;
-  Vector q_norm, k_norm;                 // per head, [head_dim]
+  Vector q_norm, k_norm;  // per head, [head_dim]
   Matrix gate, up, down;
 };
 
@@ -71,7 +71,7 @@ struct Model {
   Matrix embedding;  // [vocab, width]
   std::vector<Layer> layers;
   Vector final_norm;
-  Matrix head;       // [vocab, width]; empty: tied to the embedding
+  Matrix head;  // [vocab, width]; empty: tied to the embedding
   RopeTables rope, local_rope;
 
   const Matrix& output() const { return head.empty() ? embedding : head; }
@@ -84,7 +84,8 @@ struct Model {
 struct LoadOptions {
   // The default: exact for quantized files, bf16 for BF16 and F16, f32 for F32.
   std::optional<Profile> profile;
-  size_t context = 0;  // positions to prepare for; 0: what the model was trained for, at most 32,768
+  size_t context =
+      0;  // positions to prepare for; 0: what the model was trained for, at most 32,768
 };
 
 // Errors: bad_input naming the tensor (missing, or of another shape), no_space.

@@ -18,9 +18,9 @@ using Json = nlohmann::json;
 Json read_json(const fs::path& path) {
   Json json = Json::parse(read_file(path), nullptr, /*allow_exceptions=*/false);
   if (!json.is_object())
-    throw Error(ErrorKind::bad_input, {.where = path.string(),
-                                       .what = "is not a JSON object",
-                                       .cure = "fetch the file again"});
+    throw Error(
+        ErrorKind::bad_input,
+        {.where = path.string(), .what = "is not a JSON object", .cure = "fetch the file again"});
   return json;
 }
 

@@ -23,16 +23,16 @@ struct ModelFiles {
   Config config;
   Tokenizer tokenizer;
   std::optional<ChatTemplate> chat_template;
-  std::vector<TokenId> stop_ids;   // EOS list of the config, generation config and vocabulary
-  bool qk_interleaved = false;     // rows of q and k are in adjacent-pair order (GGUF llama)
-  float norm_offset = 0;           // add to norm gains: 1 for a Gemma folder
-  GgufMetadata metadata;           // what a GGUF of this model carries
-  std::vector<Tensor> tensors;     // under GGUF names, shapes [rows, cols], file order
+  std::vector<TokenId> stop_ids;       // EOS list of the config, generation config and vocabulary
+  bool qk_interleaved = false;         // rows of q and k are in adjacent-pair order (GGUF llama)
+  float norm_offset = 0;               // add to norm gains: 1 for a Gemma folder
+  GgufMetadata metadata;               // what a GGUF of this model carries
+  std::vector<Tensor> tensors;         // under GGUF names, shapes [rows, cols], file order
   std::vector<std::string> unmatched;  // names of the folder that nothing uses
 
   const Tensor* find(std::string_view name) const;  // nullptr if absent
 
-  std::optional<GgufFile> gguf;               // what `tensors` point into
+  std::optional<GgufFile> gguf;  // what `tensors` point into
   std::optional<SafetensorsFolder> folder;
 };
 

@@ -139,9 +139,9 @@ std::vector<TokenId> encode_prompt(const ModelFiles& files, const PromptStyle& s
     messages.insert(messages.begin(), {{"role", "system"}, {"content", style.system}});
   if (style.plain_template.empty() && files.chat_template)
     return encode_chat(files, {.messages = std::move(messages), .add_generation_prompt = true});
-  return encode_text(files, render_plain_prompt(style.plain_template.empty() ? kPlainTemplate
-                                                                             : style.plain_template,
-                                                messages));
+  return encode_text(
+      files, render_plain_prompt(
+                 style.plain_template.empty() ? kPlainTemplate : style.plain_template, messages));
 }
 
 std::vector<TokenId> encode_text(const ModelFiles& files, std::string_view text) {

@@ -12,11 +12,11 @@
 namespace moru {
 
 struct SamplingOptions {
-  float temperature = 0;  // 0: the most likely token, ties to the smaller id
-  size_t top_k = 0;       // keep the k most likely; 0: all
-  float top_p = 1;        // keep the smallest set with this probability   arXiv:1904.09751
-  float min_p = 0;        // keep those with at least min_p of the best's probability
-  float repetition_penalty = 1;                   // arXiv:1909.05858
+  float temperature = 0;         // 0: the most likely token, ties to the smaller id
+  size_t top_k = 0;              // keep the k most likely; 0: all
+  float top_p = 1;               // keep the smallest set with this probability   arXiv:1904.09751
+  float min_p = 0;               // keep those with at least min_p of the best's probability
+  float repetition_penalty = 1;  // arXiv:1909.05858
   float presence_penalty = 0, frequency_penalty = 0;  // as OpenAI's API defines them
   std::vector<std::pair<TokenId, float>> logit_bias;
   uint64_t seed = 0;

@@ -38,10 +38,9 @@ size_t largest_group_rank(const Lora& lora) {
 DType dense_type(const Model& model) {
   const DenseMatrix* output = model.output().dense();
   if (output == nullptr)
-    throw Error(ErrorKind::unsupported,
-                {.where = "training",
-                 .what = "the model's matrices are not dense",
-                 .cure = "load it with the profile bf16 or f32"});
+    throw Error(ErrorKind::unsupported, {.where = "training",
+                                         .what = "the model's matrices are not dense",
+                                         .cure = "load it with the profile bf16 or f32"});
   return output->type;
 }
 
@@ -220,8 +219,8 @@ void LoraTraining::State::lay_out(Arena& arena) {
   s.head_n = arena.take_rows(type, h, d);
   s.logits = arena.take<float>(h * c.vocab);
   if (c.final_softcap != 0) s.capped = arena.take<float>(h * c.vocab);
-  s.d_logits = type == DType::bf16 ? arena.take_rows(type, h, c.vocab)
-                                   : Rows{DType::f32, s.logits, c.vocab};
+  s.d_logits =
+      type == DType::bf16 ? arena.take_rows(type, h, c.vocab) : Rows{DType::f32, s.logits, c.vocab};
   s.head_dn = arena.take<float>(h * d);
 
   values = arena.take_rows(type, 1, lora->values.size());

@@ -24,9 +24,9 @@ namespace moru {
 // Tokens of one or more documents, one after the other. A document attends to itself alone and its
 // positions begin at 0, so packing changes no result.
 struct TrainingBatch {
-  std::vector<int32_t> ids;        // [tokens]
-  std::vector<int32_t> targets;    // [tokens]: the token that should follow, or kNoTarget
-  std::vector<size_t> starts{0};   // of each document, and the end of the last
+  std::vector<int32_t> ids;       // [tokens]
+  std::vector<int32_t> targets;   // [tokens]: the token that should follow, or kNoTarget
+  std::vector<size_t> starts{0};  // of each document, and the end of the last
 
   static constexpr int32_t kNoTarget = -1;
   size_t tokens() const { return ids.size(); }
@@ -76,9 +76,9 @@ class LoraTraining {
   std::unique_ptr<State> state_;
 };
 
-// Multiplications and additions of one accumulate() over `batch`, counted as 2 each: frozen matrices
-// forward and backward, adapters, attention within the causal mask, and the head on trained tokens.
-// Work that is done twice (Recompute) is counted once.
+// Multiplications and additions of one accumulate() over `batch`, counted as 2 each: frozen
+// matrices forward and backward, adapters, attention within the causal mask, and the head on
+// trained tokens. Work that is done twice (Recompute) is counted once.
 double training_flops(const Model& model, const Lora& lora, const TrainingBatch& batch);
 
 }  // namespace moru

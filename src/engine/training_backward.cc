@@ -66,8 +66,7 @@ Rows output_gradient(LoraTraining::State& s, const Vector& post_norm, const Rows
     load(*s.pool, sub, t * d, s.scratch.sub);
     rms_norm_backward(*s.pool, s.scratch.sub, d, rms_post, s.scratch.dx, d, t, d, post_norm.data(),
                       d_sub, d);
-    if (c.residual_scale != 1)
-      add_rows(*s.pool, d_sub, d, t, d, c.residual_scale - 1, d_sub, d);
+    if (c.residual_scale != 1) add_rows(*s.pool, d_sub, d, t, d, c.residual_scale - 1, d_sub, d);
   }
   store(*s.pool, d_sub, t * d, s.scratch.d_out);
   return s.scratch.d_out;
@@ -81,8 +80,8 @@ void gate_gradients(LoraTraining::State& s, const Kept& k, const float* d_hidden
     gate_backward_bf16(*s.pool, act, k.gate.bf16(), k.up.bf16(), d_hidden, s.tokens, n,
                        k.gate.bf16(), k.up.bf16());
   else
-    gate_backward(*s.pool, act, k.gate.f32(), k.up.f32(), d_hidden, s.tokens, n,
-                  k.gate.f32(), k.up.f32());
+    gate_backward(*s.pool, act, k.gate.f32(), k.up.f32(), d_hidden, s.tokens, n, k.gate.f32(),
+                  k.up.f32());
 }
 
 // scratch.d_qkv, by what attention read, becomes d_proj, by what was projected.
@@ -156,12 +155,12 @@ void backward_layer(LoraTraining::State& s, size_t layer, const Kept& k) {
                          sc.d_mixed, qw, k.lse, dx.q, dx.k, dx.v);
   unfinish_qkv(s, layer, k);
   const Qkv<Rows> d_proj = split_qkv(s, sc.d_proj);
-  backward_group(s, layer, 0, k.n_attn, k.u[0],
-                 {{{Projection::q, d_proj.q}, {Projection::k, d_proj.k}, {Projection::v, d_proj.v}}},
-                 lowest ? nullptr : sc.dn);
+  backward_group(
+      s, layer, 0, k.n_attn, k.u[0],
+      {{{Projection::q, d_proj.q}, {Projection::k, d_proj.k}, {Projection::v, d_proj.v}}},
+      lowest ? nullptr : sc.dn);
   if (lowest) return;
-  rms_norm_backward(*s.pool, k.x_attn, d, k.rms_attn, sc.dn, d, t, d, w.attn_norm.data(), sc.dx,
-                    d);
+  rms_norm_backward(*s.pool, k.x_attn, d, k.rms_attn, sc.dn, d, t, d, w.attn_norm.data(), sc.dx, d);
 }
 
 }  // namespace moru

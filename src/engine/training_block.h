@@ -55,51 +55,51 @@ class Arena {
   size_t used_ = 0;
 };
 
-// What one block's backward pass reads. T tokens, d = width. Several blocks may share a buffer whose
-// content is remade.
+// What one block's backward pass reads. T tokens, d = width. Several blocks may share a buffer
+// whose content is remade.
 struct Kept {
-  float* x_attn = nullptr;        // [T, d] the residual stream as it enters
-  float* rms_attn = nullptr;      // [T] 1/rms of it
-  Rows n_attn;                    // [T, d] norm(x_attn)
-  Rows qkv;                       // q [T, …], then k, then v: projected, before norm and rope
-  float* lse = nullptr;           // [T, heads]
-  Rows mixed;                     // [T, heads · head_dim] what attention gives
-  Rows attn_sub;                  // [T, d] its projection, where a norm follows (sandwich)
-  float* rms_attn_post = nullptr; // [T]
-  float* x_ffn = nullptr;         // [T, d] the stream between the halves
-  float* rms_ffn = nullptr;       // [T]
-  Rows n_ffn;                     // [T, d]
-  Rows gate, up, hidden;          // [T, ffn]
-  Rows ffn_sub;                   // [T, d] (sandwich)
-  float* rms_ffn_post = nullptr;  // [T]
+  float* x_attn = nullptr;         // [T, d] the residual stream as it enters
+  float* rms_attn = nullptr;       // [T] 1/rms of it
+  Rows n_attn;                     // [T, d] norm(x_attn)
+  Rows qkv;                        // q [T, …], then k, then v: projected, before norm and rope
+  float* lse = nullptr;            // [T, heads]
+  Rows mixed;                      // [T, heads · head_dim] what attention gives
+  Rows attn_sub;                   // [T, d] its projection, where a norm follows (sandwich)
+  float* rms_attn_post = nullptr;  // [T]
+  float* x_ffn = nullptr;          // [T, d] the stream between the halves
+  float* rms_ffn = nullptr;        // [T]
+  Rows n_ffn;                      // [T, d]
+  Rows gate, up, hidden;           // [T, ffn]
+  Rows ffn_sub;                    // [T, d] (sandwich)
+  float* rms_ffn_post = nullptr;   // [T]
   std::array<Rows, kInputGroups.size()> u;  // [T, group rank] s·x·Aᵀ of each input
 };
 
 // Buffers of one moment, used by one block after the other.
 struct Scratch {
-  float* qkv = nullptr;           // q, then k, then v: with norm and rope
-  float* rms_q = nullptr;         // [T, heads] of the norm per head
-  float* rms_k = nullptr;         // [T, kv_heads]
-  float* wide = nullptr;          // [T, max(ffn, q + k + v)]
-  float* mixed = nullptr;         // [T, heads · head_dim]
-  float* sub = nullptr;           // [T, d]
+  float* qkv = nullptr;    // q, then k, then v: with norm and rope
+  float* rms_q = nullptr;  // [T, heads] of the norm per head
+  float* rms_k = nullptr;  // [T, kv_heads]
+  float* wide = nullptr;   // [T, max(ffn, q + k + v)]
+  float* mixed = nullptr;  // [T, heads · head_dim]
+  float* sub = nullptr;    // [T, d]
   // backward
-  float* dx = nullptr;            // [T, d] gradient by the residual stream
-  float* dn = nullptr;            // [T, d] by a norm's output
-  float* d_mixed = nullptr;       // [T, heads · head_dim]
-  float* d_qkv = nullptr;         // q, then k, then v
-  float* d_raw = nullptr;         // the same by what the norm per head read
-  Rows d_out;                     // [T, d] by a sub-layer's output
-  Rows d_proj;                    // q, then k, then v
-  Rows du;                        // [T, largest group rank] by x·Aᵀ
+  float* dx = nullptr;       // [T, d] gradient by the residual stream
+  float* dn = nullptr;       // [T, d] by a norm's output
+  float* d_mixed = nullptr;  // [T, heads · head_dim]
+  float* d_qkv = nullptr;    // q, then k, then v
+  float* d_raw = nullptr;    // the same by what the norm per head read
+  Rows d_out;                // [T, d] by a sub-layer's output
+  Rows d_proj;               // q, then k, then v
+  Rows du;                   // [T, largest group rank] by x·Aᵀ
   // head, `head_rows` trained tokens at a time
-  float* head_x = nullptr;        // [C, d]
-  float* head_rms = nullptr;      // [C]
-  Rows head_n;                    // [C, d]
-  float* logits = nullptr;        // [C, vocab]
-  float* capped = nullptr;        // [C, vocab] where logits are capped
-  Rows d_logits;                  // [C, vocab]; in f32 the logits themselves
-  float* head_dn = nullptr;       // [C, d]
+  float* head_x = nullptr;    // [C, d]
+  float* head_rms = nullptr;  // [C]
+  Rows head_n;                // [C, d]
+  float* logits = nullptr;    // [C, vocab]
+  float* capped = nullptr;    // [C, vocab] where logits are capped
+  Rows d_logits;              // [C, vocab]; in f32 the logits themselves
+  float* head_dn = nullptr;   // [C, d]
 };
 
 struct LoraTraining::State {
@@ -107,16 +107,16 @@ struct LoraTraining::State {
   const Model* model = nullptr;
   const Lora* lora = nullptr;
   TrainingOptions options;
-  DType type = DType::f32;     // of activations and operands
-  size_t lowest = 0;           // the lowest adapted layer
+  DType type = DType::f32;  // of activations and operands
+  size_t lowest = 0;        // the lowest adapted layer
   size_t head_rows = 0;
 
   PageBuffer memory;
-  std::vector<Kept> kept;      // by layer
-  Kept passing;                // of layers that keep nothing
-  float* x_out = nullptr;      // [T, d] the stream after the last block
+  std::vector<Kept> kept;  // by layer
+  Kept passing;            // of layers that keep nothing
+  float* x_out = nullptr;  // [T, d] the stream after the last block
   Scratch scratch;
-  Rows values;                 // the adapter in the core's precision, [lora.values.size()]
+  Rows values;  // the adapter in the core's precision, [lora.values.size()]
   float* gradients = nullptr;
 
   // of the batch at hand

@@ -126,10 +126,10 @@ void forward_layer(LoraTraining::State& s, size_t layer, const Kept& k, float* x
                 k.lse);
   store(*s.pool, s.scratch.mixed, t * qw, k.mixed);
   shrink(s, layer, 1, k.mixed, k.u[1]);
-  add_sub_layer(s, layer,
-                {Projection::o, w.attn_out_bias, w.attn_post_norm, k.u[1], k.attn_sub,
-                 k.rms_attn_post},
-                k.mixed, k.x_attn, k.x_ffn);
+  add_sub_layer(
+      s, layer,
+      {Projection::o, w.attn_out_bias, w.attn_post_norm, k.u[1], k.attn_sub, k.rms_attn_post},
+      k.mixed, k.x_attn, k.x_ffn);
 
   // Feed-forward.
   norm_rows(*s.pool, k.x_ffn, t, d, w.ffn_norm, c.norm_eps, k.n_ffn, k.rms_ffn);

@@ -27,8 +27,8 @@ using Json = nlohmann::ordered_json;
 
 constexpr const char* kBase = "base";
 constexpr const char* kTuned = "tuned BF16";
-constexpr size_t kShownChanges = 8;      // newly wrong and newly right examples in the report
-constexpr size_t kProveContext = 8192;   // longest question with its answer
+constexpr size_t kShownChanges = 8;     // newly wrong and newly right examples in the report
+constexpr size_t kProveContext = 8192;  // longest question with its answer
 
 std::string file_word(std::string name) {
   std::replace(name.begin(), name.end(), ' ', '-');
@@ -108,22 +108,21 @@ struct Forge {
   // done before it, and it takes `width` of it.
   Json ask(const std::string& name, const fs::path& file, double share, double width) {
     const ModelFiles files = open_model(file);
-    const Model model = load_model(
-        pool, files, {.context = std::min<size_t>(files.config.context, kProveContext)});
+    const Model model =
+        load_model(pool, files, {.context = std::min<size_t>(files.config.context, kProveContext)});
     Engine engine(pool, model);
     const Answerer answerer =
         make_answerer(name, sha256_of_path(file), engine, files, options.style);
     const fs::path results = fs::path("results") / (file_word(name) + ".jsonl");
-    const Results answered =
-        prove(questions, answerer,
-              {.limits = options.limits,
-               .results = place(results),
-               .replace_other = true,
-               .progress = [&](const ProveProgress& p) {
-                 live.update(share + width * static_cast<double>(p.done) /
-                                         static_cast<double>(p.total),
-                             fmt::format("{}: {} of {} right", name, p.correct, p.done));
-               }});
+    const Results answered = prove(
+        questions, answerer,
+        {.limits = options.limits,
+         .results = place(results),
+         .replace_other = true,
+         .progress = [&](const ProveProgress& p) {
+           live.update(share + width * static_cast<double>(p.done) / static_cast<double>(p.total),
+                       fmt::format("{}: {} of {} right", name, p.correct, p.done));
+         }});
     const Tally t = tally(answered.items);
     return {{"name", name},
             {"file", file.string()},
@@ -319,8 +318,7 @@ struct Forge {
         const LightenResult made = lighten_model(
             pool, files, preset, place(file),
             {.importance = &importance, .progress = [&](double done) {
-               live.update(0.4 + width * (static_cast<double>(i) + done),
-                           std::string(preset.name));
+               live.update(0.4 + width * (static_cast<double>(i) + done), std::string(preset.name));
              }});
         product.output.push_back({{"type", preset.name},
                                   {"file", file.string()},
@@ -356,8 +354,8 @@ struct Forge {
       Journal::Product product{Json::array()};
       const double width = 1.0 / static_cast<double>(candidates.size());
       for (size_t i = 0; i < candidates.size(); ++i) {
-        product.output.push_back(ask(candidates[i].first, candidates[i].second,
-                                     width * static_cast<double>(i), width));
+        product.output.push_back(
+            ask(candidates[i].first, candidates[i].second, width * static_cast<double>(i), width));
         product.files.push_back(product.output.back().at("results").get<std::string>());
       }
       return product;
@@ -450,12 +448,12 @@ struct Forge {
     if (options.vendor_prices.empty()) return;
     const std::vector<VendorPrice> prices = read_vendor_prices(options.vendor_prices);
     for (const VendorPrice& price : select_prices(prices, options.vendors)) {
-      report.candidates.push_back({.name = price.name,
-                                   .kind = Candidate::Kind::vendor,
-                                   .usd_per_1000 = usd_per_1000(price, proved.back().tally),
-                                   .verdict = "list price, not measured",
-                                   .note = price.date.empty() ? price.note
-                                                              : price.date + " " + price.note});
+      report.candidates.push_back(
+          {.name = price.name,
+           .kind = Candidate::Kind::vendor,
+           .usd_per_1000 = usd_per_1000(price, proved.back().tally),
+           .verdict = "list price, not measured",
+           .note = price.date.empty() ? price.note : price.date + " " + price.note});
     }
   }
 
@@ -490,8 +488,7 @@ struct Forge {
     report.seed = options.tune.seed;
     report.model = {options.model.string(), sha256_of_path(options.model)};
     report.pairs = {options.pairs.string(), sha256_of_path(options.pairs)};
-    report.questions = {options.questions.string(), questions.file_sha256,
-                        questions.items.size()};
+    report.questions = {options.questions.string(), questions.file_sha256, questions.items.size()};
     const TuneOptions& t = options.tune;
     report.settings = {
         {"template", options.style.plain_template.empty() ? "the model's chat template"
@@ -508,9 +505,9 @@ struct Forge {
 void check(const ForgeOptions& options) {
   check_goal(options.goal);
   if (options.ladder.empty())
-    throw Error(ErrorKind::usage, {.where = "--size-ladder",
-                                   .what = "names no type",
-                                   .cure = "for example Q8_0,Q4_K_M"});
+    throw Error(
+        ErrorKind::usage,
+        {.where = "--size-ladder", .what = "names no type", .cure = "for example Q8_0,Q4_K_M"});
   for (const std::string& type : options.ladder) preset_of(type);
   if (!options.style.plain_template.empty()) render_plain_prompt(options.style.plain_template, {});
   if (!options.vendor_prices.empty())

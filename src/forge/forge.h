@@ -29,17 +29,17 @@ struct ForgeOptions {
   std::filesystem::path model, pairs, questions, out;
   Goal goal;
   std::vector<std::string> ladder = {"Q8_0", "Q6_K", "Q5_0", "Q4_K_M", "IQ4_NL"};
-  std::filesystem::path vendor_prices;    // empty: none
-  std::vector<std::string> vendors;       // names in that file; empty: all
+  std::filesystem::path vendor_prices;  // empty: none
+  std::vector<std::string> vendors;     // names in that file; empty: all
   double machine_usd_per_hour = 0.1;
 
-  TuneOptions tune;                       // its model, data and out are set by forge
+  TuneOptions tune;  // its model, data and out are set by forge
   PromptStyle style;
   QuestionOptions rows;
   AnswerLimits limits;
   size_t calibration_tokens = 32768;
   size_t threads = 0;
-  std::string command;                    // as typed, for the report
+  std::string command;  // as typed, for the report
 };
 
 // Runs to the end and returns what report.json holds. Errors: those of every stage; usage for

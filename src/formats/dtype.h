@@ -11,17 +11,33 @@
 namespace moru {
 
 enum class DType : uint8_t {
-  f32, f16, bf16,
-  q4_0, q4_1, q5_0, q5_1, q8_0,
-  q2_k, q3_k, q4_k, q5_k, q6_k,
-  iq4_nl, iq4_xs, mxfp4,
-  i8, i16, i32, i64, f64,  // read and written, never computed with
+  f32,
+  f16,
+  bf16,
+  q4_0,
+  q4_1,
+  q5_0,
+  q5_1,
+  q8_0,
+  q2_k,
+  q3_k,
+  q4_k,
+  q5_k,
+  q6_k,
+  iq4_nl,
+  iq4_xs,
+  mxfp4,
+  i8,
+  i16,
+  i32,
+  i64,
+  f64,  // read and written, never computed with
 };
 
 struct DTypeTraits {
-  std::string_view name;   // as llama.cpp spells it: "Q4_K"
-  uint32_t ggml_id;        // type field of a GGUF tensor
-  size_t block;            // elements a block
+  std::string_view name;  // as llama.cpp spells it: "Q4_K"
+  uint32_t ggml_id;       // type field of a GGUF tensor
+  size_t block;           // elements a block
   size_t block_bytes;
 };
 const DTypeTraits& traits(DType type);

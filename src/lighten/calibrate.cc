@@ -16,8 +16,8 @@ constexpr std::array<std::array<std::string_view, 2>, 3> kSharedInputs = {{
     {".ffn_gate.weight", ".ffn_up.weight"},
 }};
 
-// Tokens at the end of a sequence whose final state is counted for the head: the head is the dearest
-// product of a small model, and answers stand at the end.
+// Tokens at the end of a sequence whose final state is counted for the head: the head is the
+// dearest product of a small model, and answers stand at the end.
 constexpr size_t kHeadTokens = 8;
 
 struct Sums {
@@ -82,8 +82,8 @@ Importance collect_importance(Engine& engine, std::span<const std::vector<TokenI
     if (take < 2) continue;
     if (rows + take > engine.step_tokens()) run();
     held.push_back(engine.cache().make_sequence());
-    spans.push_back({&held.back(), std::span(sequence).first(take),
-                     take - std::min(take - 1, kHeadTokens)});
+    spans.push_back(
+        {&held.back(), std::span(sequence).first(take), take - std::min(take - 1, kHeadTokens)});
     first_rows.resize(rows + take, false);
     first_rows[rows] = true;
     rows += take;

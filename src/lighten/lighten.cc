@@ -24,8 +24,7 @@ struct Encoder {
                                 std::span<const float> importance) const {
     const size_t cols = tensor.shape.back(), rows = tensor.count() / cols;
     const size_t in_bytes = bytes_of(tensor.type, cols), out_bytes = bytes_of(type, cols);
-    const bool reorder =
-        gguf_interleaves && !files.qk_interleaved && is_query_or_key(tensor.name);
+    const bool reorder = gguf_interleaves && !files.qk_interleaved && is_query_or_key(tensor.name);
     const float offset = is_norm(tensor.name) ? files.norm_offset : 0;
     // Vectors of q and k (biases) are reordered value by value.
     MORU_CHECK(!reorder || tensor.shape.size() == 2 || rows == 1);
@@ -44,10 +43,10 @@ struct Encoder {
         try {
           quantize_row(type, row, importance, {out.data() + target * out_bytes, out_bytes});
         } catch (const Error& error) {
-          throw Error(error.kind(), {.where = fmt::format("{}: {}, row {}", files.path.string(),
-                                                          tensor.name, r),
-                                     .what = error.problem(),
-                                     .cure = "the model is damaged: fetch or tune it again"});
+          throw Error(error.kind(),
+                      {.where = fmt::format("{}: {}, row {}", files.path.string(), tensor.name, r),
+                       .what = error.problem(),
+                       .cure = "the model is damaged: fetch or tune it again"});
         }
       }
     });
@@ -95,9 +94,9 @@ LightenResult lighten_model(Pool& pool, const ModelFiles& files, const Preset& p
   for (size_t i = 0; i < files.tensors.size(); ++i) {
     const Tensor& tensor = files.tensors[i];
     const DType type = plan.tensors[i].type;
-    data.push_back(encoder.encode(
-        tensor, type,
-        options.importance != nullptr ? options.importance->of(tensor.name)
+    data.push_back(encoder.encode(tensor, type,
+                                  options.importance != nullptr
+                                      ? options.importance->of(tensor.name)
                                       : std::span<const float>()));
     tensors.push_back(tensor);
     tensors.back().type = type;

@@ -16,7 +16,7 @@
 namespace moru {
 
 struct LightenOptions {
-  const Importance* importance = nullptr;        // null: all channels alike
+  const Importance* importance = nullptr;          // null: all channels alike
   std::function<void(double done)> progress = {};  // 0 to 1
 };
 

@@ -45,7 +45,9 @@ Position compare_rows(Floats model, Floats reference, TokenId next) {
     const double log_p = double{reference[i]} - reference_lse;
     kld += std::exp(log_p) * (log_p - (double{model[i]} - lse));
   }
-  const auto top = [](Floats row) { return std::max_element(row.begin(), row.end()) - row.begin(); };
+  const auto top = [](Floats row) {
+    return std::max_element(row.begin(), row.end()) - row.begin();
+  };
   const auto target = static_cast<size_t>(next);
   return {.kld = kld,
           .nll = lse - double{model[target]},
@@ -66,18 +68,18 @@ Divergence divergence(Engine& model, Engine& reference, const ModelFiles& files,
                       const std::filesystem::path& text, const DivergenceOptions& options) {
   const size_t vocab = model.model().config.vocab;
   if (reference.model().config.vocab != vocab)
-    throw Error(ErrorKind::bad_input,
-                {.where = "--reference",
-                 .what = fmt::format("has {} tokens, not {}", reference.model().config.vocab, vocab),
-                 .cure = "compare models of one vocabulary"});
+    throw Error(ErrorKind::bad_input, {.where = "--reference",
+                                       .what = fmt::format("has {} tokens, not {}",
+                                                           reference.model().config.vocab, vocab),
+                                       .cure = "compare models of one vocabulary"});
   const std::vector<TokenId> ids = encode_text(files, read_file(text));
   const size_t chunks = std::min(options.chunks, ids.size() / options.chunk);
   if (chunks == 0)
-    throw Error(ErrorKind::bad_input,
-                {.where = text.string(),
-                 .what = fmt::format("has {} tokens, less than one chunk of {}", ids.size(),
-                                     options.chunk),
-                 .cure = "give a longer text"});
+    throw Error(
+        ErrorKind::bad_input,
+        {.where = text.string(),
+         .what = fmt::format("has {} tokens, less than one chunk of {}", ids.size(), options.chunk),
+         .cure = "give a longer text"});
 
   const size_t first = options.chunk / 2, scored = options.chunk - 1 - first;
   std::vector<Position> positions(chunks * scored);
@@ -88,8 +90,8 @@ Divergence divergence(Engine& model, Engine& reference, const ModelFiles& files,
     const std::vector<float> a = chunk_logits(model, fed, first);
     const std::vector<float> b = chunk_logits(reference, fed, first);
     model.pool().each(scored, [&](size_t i) {
-      positions[c * scored + i] = compare_rows({a.data() + i * vocab, vocab},
-                                               {b.data() + i * vocab, vocab}, stored[first + i + 1]);
+      positions[c * scored + i] = compare_rows(
+          {a.data() + i * vocab, vocab}, {b.data() + i * vocab, vocab}, stored[first + i + 1]);
     });
   }
 

@@ -10,14 +10,14 @@
 namespace moru {
 
 struct DivergenceOptions {
-  size_t chunk = 512;   // tokens; positions chunk/2 … chunk − 2 are scored
-  size_t chunks = 20;   // at most so many
+  size_t chunk = 512;  // tokens; positions chunk/2 … chunk − 2 are scored
+  size_t chunks = 20;  // at most so many
 };
 
 struct Divergence {
   double mean = 0, mean_error = 0;  // KL(reference ‖ model) in nats, and its standard error
   double median = 0, p99 = 0, max = 0;
-  double same_top = 0;              // share of positions where both prefer the same token
+  double same_top = 0;  // share of positions where both prefer the same token
   double perplexity = 0, reference_perplexity = 0;
   size_t positions = 0;
 };

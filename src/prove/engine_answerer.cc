@@ -10,9 +10,12 @@ namespace {
 
 const char* name_of(Profile profile) {
   switch (profile) {
-    case Profile::exact: return "exact";
-    case Profile::bf16: return "bf16";
-    case Profile::f32: return "f32";
+    case Profile::exact:
+      return "exact";
+    case Profile::bf16:
+      return "bf16";
+    case Profile::f32:
+      return "f32";
   }
   return "?";
 }

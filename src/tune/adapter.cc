@@ -99,16 +99,17 @@ PeftConfig read_config(const std::filesystem::path& file) {
   };
   if (j.value("peft_type", "LORA") != "LORA")
     refuse_config(file, "peft_type", "is " + j["peft_type"].dump());
-  for (const char* key : {"use_dora", "use_qalora", "modules_to_save", "fan_in_fan_out",
-                          "lora_bias", "target_parameters", "trainable_token_indices",
-                          "layer_replication"})
+  for (const char* key :
+       {"use_dora", "use_qalora", "modules_to_save", "fan_in_fan_out", "lora_bias",
+        "target_parameters", "trainable_token_indices", "layer_replication"})
     if (truthy(key)) refuse_config(file, key, "is set, which moru does not compute");
   if (const auto bias = j.find("bias"); bias != j.end() && *bias != "none")
     refuse_config(file, "bias", "trained biases are not computed");
 
   PeftConfig config;
   if (const auto alpha = j.find("lora_alpha"); alpha != j.end()) {
-    if (!alpha->is_number()) refuse_config(file, "lora_alpha", "not a number", ErrorKind::bad_input);
+    if (!alpha->is_number())
+      refuse_config(file, "lora_alpha", "not a number", ErrorKind::bad_input);
     config.alpha = alpha->get<double>();
   }
   config.rank_stabilised = truthy("use_rslora");
@@ -225,16 +226,14 @@ Lora read_peft_adapter(const std::filesystem::path& folder, const Config& config
     if (!is_a) continue;
     LoraPair& pair = lora.layers[place->layer][static_cast<size_t>(place->projection)];
     pair.rank = tensor->shape[0];
-    pair.alpha =
-        static_cast<float>(alpha_of(peft, module_name(place->layer, place->projection)));
+    pair.alpha = static_cast<float>(alpha_of(peft, module_name(place->layer, place->projection)));
   }
   lay_out(lora, config);
   for (size_t l = 0; l < config.layers; ++l) {
     for (size_t p = 0; p < kProjections; ++p) {
       const auto [a, b] = halves[l][p];
       if (a == nullptr && b == nullptr) continue;
-      if (a == nullptr || b == nullptr)
-        refuse(a == nullptr ? *b : *a, "its other half is missing");
+      if (a == nullptr || b == nullptr) refuse(a == nullptr ? *b : *a, "its other half is missing");
       const LoraPair& pair = lora.layers[l][p];
       if (a->shape != std::vector{pair.rank, pair.in})
         refuse(*a, fmt::format("is {} wide, the model {}", a->shape[1], pair.in));
@@ -268,31 +267,29 @@ void write_peft_adapter(const std::filesystem::path& folder, const Lora& lora,
       if (pair.rank != first->rank) ranks[module] = pair.rank;
       if (pair.alpha != first->alpha) alphas[module] = pair.alpha;
       const std::string prefix = "base_model.model." + module;
-      tensors.push_back({prefix + ".lora_A.weight", DType::f32, {pair.rank, pair.in},
+      tensors.push_back({prefix + ".lora_A.weight",
+                         DType::f32,
+                         {pair.rank, pair.in},
                          std::as_bytes(lora.a(pair))});
-      tensors.push_back({prefix + ".lora_B.weight", DType::f32, {pair.out, pair.rank},
+      tensors.push_back({prefix + ".lora_B.weight",
+                         DType::f32,
+                         {pair.out, pair.rank},
                          std::as_bytes(lora.b(pair))});
     }
   }
   MORU_CHECK(first != nullptr);
   // The smallest set of keys: readers take defaults for the rest, old ones refuse what they do not
   // know.
-  json j = {{"alpha_pattern", alphas},
-            {"base_model_name_or_path", base_model},
-            {"bias", "none"},
-            {"fan_in_fan_out", false},
-            {"inference_mode", true},
-            {"lora_alpha", first->alpha},
-            {"lora_dropout", 0.0},
-            {"peft_type", "LORA"},
-            {"peft_version", "0.13.0"},
-            {"r", first->rank},
-            {"rank_pattern", ranks},
-            {"target_modules", json::array()},
-            {"task_type", "CAUSAL_LM"},
-            {"use_rslora", lora.rank_stabilised}};
+  json j = {{"alpha_pattern", alphas},  {"base_model_name_or_path", base_model},
+            {"bias", "none"},           {"fan_in_fan_out", false},
+            {"inference_mode", true},   {"lora_alpha", first->alpha},
+            {"lora_dropout", 0.0},      {"peft_type", "LORA"},
+            {"peft_version", "0.13.0"}, {"r", first->rank},
+            {"rank_pattern", ranks},    {"target_modules", json::array()},
+            {"task_type", "CAUSAL_LM"}, {"use_rslora", lora.rank_stabilised}};
   // PEFT's alpha is an integer by declaration.
-  if (first->alpha == std::floor(first->alpha)) j["lora_alpha"] = static_cast<int64_t>(first->alpha);
+  if (first->alpha == std::floor(first->alpha))
+    j["lora_alpha"] = static_cast<int64_t>(first->alpha);
   for (size_t p = 0; p < kProjections; ++p)
     if (adapted[p]) j["target_modules"].push_back(traits(static_cast<Projection>(p)).name);
   if (layers.size() != lora.layers.size()) j["layers_to_transform"] = layers;

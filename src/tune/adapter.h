@@ -1,7 +1,8 @@
 // LoRA adapters as files: new ones, PEFT folders in and out, and merging into the base model.
 //
 // PEFT: adapter_config.json beside adapter_model.safetensors, whose tensors are named
-// base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight [r, in] and lora_B.weight [out, r].
+// base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight [r, in] and lora_B.weight [out,
+// r].
 #pragma once
 #include <cstdint>
 #include <filesystem>

@@ -21,7 +21,7 @@ std::string hex(uint64_t bits) { return fmt::format("{:016x}", bits); }
 
 struct Integers {
   const char* name;
-  uint64_t TrainingRun::* field;
+  uint64_t TrainingRun::*field;
 };
 constexpr std::array<Integers, 10> kIntegers = {{
     {"step", &TrainingRun::step},
@@ -37,7 +37,7 @@ constexpr std::array<Integers, 10> kIntegers = {{
 }};
 struct Doubles {
   const char* name;
-  double TrainingRun::* field;
+  double TrainingRun::*field;
 };
 constexpr std::array<Doubles, 5> kDoubles = {{
     {"best_loss", &TrainingRun::best_loss},
@@ -48,7 +48,7 @@ constexpr std::array<Doubles, 5> kDoubles = {{
 }};
 struct Vectors {
   const char* name;
-  std::vector<float> TrainingRun::* field;
+  std::vector<float> TrainingRun::*field;
 };
 constexpr std::array<Vectors, 4> kVectors = {{
     {"values", &TrainingRun::values},
@@ -64,12 +64,13 @@ void write_checkpoint(const std::filesystem::path& path, const std::string& fing
   std::map<std::string, std::string> header = {{"moru_checkpoint", std::string(kVersion)},
                                                {"fingerprint", fingerprint}};
   for (const auto& [name, field] : kIntegers) header[name] = hex(run.*field);
-  for (const auto& [name, field] : kDoubles) header[name] = hex(std::bit_cast<uint64_t>(run.*field));
+  for (const auto& [name, field] : kDoubles)
+    header[name] = hex(std::bit_cast<uint64_t>(run.*field));
   std::vector<Tensor> tensors;
   for (const auto& [name, field] : kVectors)
     if (!(run.*field).empty())
-      tensors.push_back({name, DType::f32, {(run.*field).size()},
-                         std::as_bytes(std::span(run.*field))});
+      tensors.push_back(
+          {name, DType::f32, {(run.*field).size()}, std::as_bytes(std::span(run.*field))});
   write_safetensors(path, tensors, header);
 }
 
@@ -78,9 +79,9 @@ std::optional<TrainingRun> read_checkpoint(const std::filesystem::path& path,
   if (!std::filesystem::exists(path)) return std::nullopt;
   const SafetensorsFile file(path);
   const auto refuse = [&](std::string what) {
-    throw Error(ErrorKind::bad_input, {.where = path.string(),
-                                       .what = std::move(what),
-                                       .cure = "start again with --restart"});
+    throw Error(
+        ErrorKind::bad_input,
+        {.where = path.string(), .what = std::move(what), .cure = "start again with --restart"});
   };
   const auto word = [&](const char* name) -> const std::string& {
     const auto found = file.metadata().find(name);

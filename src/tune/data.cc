@@ -44,12 +44,19 @@ std::string text_or_empty(const ordered_json& row, const std::string& field) {
 
 // ShareGPT's words for roles, and OpenAI's.
 std::string role_of(const std::string& word) {
-  static const std::map<std::string, std::string> kRoles = {
-      {"human", "user"},          {"user", "user"},           {"gpt", "assistant"},
-      {"assistant", "assistant"}, {"model", "assistant"},     {"bing", "assistant"},
-      {"chatgpt", "assistant"},   {"system", "system"},       {"developer", "system"},
-      {"tool", "tool"},           {"observation", "tool"},    {"function", "tool"},
-      {"function_call", "assistant"}};
+  static const std::map<std::string, std::string> kRoles = {{"human", "user"},
+                                                            {"user", "user"},
+                                                            {"gpt", "assistant"},
+                                                            {"assistant", "assistant"},
+                                                            {"model", "assistant"},
+                                                            {"bing", "assistant"},
+                                                            {"chatgpt", "assistant"},
+                                                            {"system", "system"},
+                                                            {"developer", "system"},
+                                                            {"tool", "tool"},
+                                                            {"observation", "tool"},
+                                                            {"function", "tool"},
+                                                            {"function_call", "assistant"}};
   const auto found = kRoles.find(word);
   if (found == kRoles.end()) throw Unusable{"role", fmt::format("\"{}\" is no role", word)};
   return found->second;
@@ -111,24 +118,25 @@ ordered_json conversation_of(const ordered_json& row, const DataOptions& options
     messages.push_back(message("user", input.empty() ? instruction : instruction + "\n" + input));
     messages.push_back(message("assistant", text_of(row, "output")));
   } else {
-    throw Unusable{"", "has neither messages, conversations, prompt and completion, instruction "
-                       "and output, nor text"};
+    throw Unusable{"",
+                   "has neither messages, conversations, prompt and completion, instruction "
+                   "and output, nor text"};
   }
   if (messages.front()["role"] != "system") {
     std::string system = text_or_empty(row, "system");
     if (system.empty()) system = options.system;
     if (!system.empty()) messages.insert(messages.begin(), message("system", system));
   }
-  const bool answered = std::any_of(messages.begin(), messages.end(), [](const ordered_json& m) {
-    return m["role"] == "assistant";
-  });
+  const bool answered = std::any_of(messages.begin(), messages.end(),
+                                    [](const ordered_json& m) { return m["role"] == "assistant"; });
   if (!answered) throw Unusable{"messages", "no turn is the assistant's"};
   return messages;
 }
 
 ordered_json tools_of(const ordered_json& row) {
   const auto found = row.find("tools");
-  if (found == row.end() || !found->is_string()) return found == row.end() ? ordered_json() : *found;
+  if (found == row.end() || !found->is_string())
+    return found == row.end() ? ordered_json() : *found;
   if (found->get_ref<const std::string&>().empty()) return {};
   ordered_json parsed = ordered_json::parse(found->get_ref<const std::string&>(), nullptr, false);
   if (parsed.is_discarded()) throw Unusable{"tools", "is not JSON"};
@@ -141,8 +149,8 @@ std::string prompt_text(const ordered_json& messages) {
   for (const ordered_json& m : messages) {
     if (m["role"] == "assistant") break;
     if (m["role"] != "system" && m.contains("content"))
-      text += (m["content"].is_string() ? m["content"].get<std::string>() : m["content"].dump()) +
-              "\n";
+      text +=
+          (m["content"].is_string() ? m["content"].get<std::string>() : m["content"].dump()) + "\n";
   }
   return text;
 }

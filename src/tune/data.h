@@ -32,30 +32,30 @@ struct DataOptions {
   // "{prompt}\n{completion}": a plain rendering instead of the model's chat template. Empty: the
   // chat template, or kPlainTemplate for a model that has none.
   std::string plain_template;
-  std::string system;              // put before conversations that have no system message
+  std::string system;  // put before conversations that have no system message
   std::string prompt_column, completion_column;  // both or neither
-  size_t max_length = 1024;        // tokens
+  size_t max_length = 1024;                      // tokens
   Truncation truncation = Truncation::keep_start;
-  bool last_turn_only = false;     // learn the last answer of a conversation, not all
+  bool last_turn_only = false;  // learn the last answer of a conversation, not all
 };
 
 // One document, ready to be learnt.
 struct Example {
   std::vector<TokenId> ids;
-  std::vector<uint8_t> trained;    // 1: this token is learnt from those before it
-  uint64_t line = 0;               // of the file
-  uint64_t hash = 0;               // of the prompt's text: equal prompts stay on one side of a split
+  std::vector<uint8_t> trained;  // 1: this token is learnt from those before it
+  uint64_t line = 0;             // of the file
+  uint64_t hash = 0;             // of the prompt's text: equal prompts stay on one side of a split
 
-  size_t trained_tokens() const;   // those with something before them
+  size_t trained_tokens() const;  // those with something before them
 };
 
 struct DataCounts {
-  uint64_t rows = 0;               // read
-  uint64_t truncated = 0;          // cut to max_length
-  uint64_t without_answer = 0;     // nothing left to learn: dropped
-  uint64_t bad = 0;                // not understood: dropped; see problems
-  uint64_t split_by_turn = 0;      // conversations whose template rewrites earlier turns
-  uint64_t without_end = 0;        // no stop token after the answer: EOS was added
+  uint64_t rows = 0;            // read
+  uint64_t truncated = 0;       // cut to max_length
+  uint64_t without_answer = 0;  // nothing left to learn: dropped
+  uint64_t bad = 0;             // not understood: dropped; see problems
+  uint64_t split_by_turn = 0;   // conversations whose template rewrites earlier turns
+  uint64_t without_end = 0;     // no stop token after the answer: EOS was added
 };
 
 struct Dataset {
@@ -67,7 +67,8 @@ struct Dataset {
   uint64_t trained_tokens() const;
 };
 
-// Renders and tokenises. Makes examples of single rows, for files and for callers with rows in hand.
+// Renders and tokenises. Makes examples of single rows, for files and for callers with rows in
+// hand.
 class ExampleMaker {
  public:
   // `files` must outlive it. Error: usage, for a template without {completion}.

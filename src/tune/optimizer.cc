@@ -73,7 +73,8 @@ double clip_scale(double norm, double max_norm) {
 double schedule_factor(const ScheduleOptions& o, uint64_t step) {
   if (step < o.warmup) return static_cast<double>(step) / static_cast<double>(o.warmup);
   if (o.kind == Schedule::constant) return 1;
-  const double span = static_cast<double>(std::max<uint64_t>(1, o.total - std::min(o.warmup, o.total)));
+  const double span =
+      static_cast<double>(std::max<uint64_t>(1, o.total - std::min(o.warmup, o.total)));
   const double progress = static_cast<double>(step - o.warmup) / span;
   if (o.kind == Schedule::linear) return std::max(0.0, 1 - progress);
   const double cosine = std::max(0.0, 0.5 * (1 + std::cos(std::numbers::pi * progress)));
@@ -83,10 +84,9 @@ double schedule_factor(const ScheduleOptions& o, uint64_t step) {
 Schedule parse_schedule(std::string_view name) {
   for (const ScheduleRow& row : kSchedules)
     if (row.name == name) return row.schedule;
-  throw Error(ErrorKind::usage,
-              {.where = "--lr-scheduler-type",
-               .what = fmt::format("\"{}\" is no schedule", name),
-               .cure = "use constant, linear, cosine or cosine_with_min_lr"});
+  throw Error(ErrorKind::usage, {.where = "--lr-scheduler-type",
+                                 .what = fmt::format("\"{}\" is no schedule", name),
+                                 .cure = "use constant, linear, cosine or cosine_with_min_lr"});
 }
 
 std::string_view name_of(Schedule schedule) {

@@ -44,7 +44,8 @@ class StopSignals {
 
  private:
   static volatile sig_atomic_t asked_;
-  struct sigaction old_int_ {}, old_term_ {};
+  struct sigaction old_int_ {
+  }, old_term_{};
 };
 volatile sig_atomic_t StopSignals::asked_ = 0;
 
@@ -91,12 +92,10 @@ void check(const TuneOptions& o) {
   if (!(o.val_fraction >= 0 && o.val_fraction < 1)) refuse("--val-fraction", "must be in [0, 1)");
   if (!(o.warmup_ratio >= 0 && o.warmup_ratio <= 1)) refuse("--warmup-ratio", "must be in [0, 1]");
   if (o.lora.rank == 0 || o.lora.rank > 1024) refuse("--lora-r", "must be in [1, 1024]");
-  if (o.precision == Profile::exact)
-    refuse("--precision", "training computes in bf16 or f32");
+  if (o.precision == Profile::exact) refuse("--precision", "training computes in bf16 or f32");
 }
 
-std::vector<size_t> lengths_of(std::span<const Example> examples,
-                               std::span<const uint32_t> which) {
+std::vector<size_t> lengths_of(std::span<const Example> examples, std::span<const uint32_t> which) {
   std::vector<size_t> lengths;
   for (const uint32_t i : which) lengths.push_back(examples[i].ids.size());
   return lengths;
@@ -157,9 +156,12 @@ std::string megabytes(size_t bytes) { return fmt::format("{} MB", (bytes + 500'0
 
 const char* name_of(Recompute level) {
   switch (level) {
-    case Recompute::none: return "everything kept";
-    case Recompute::light: return "norms and hidden rows remade";
-    case Recompute::block: return "blocks remade";
+    case Recompute::none:
+      return "everything kept";
+    case Recompute::light:
+      return "norms and hidden rows remade";
+    case Recompute::block:
+      return "blocks remade";
   }
   return "";
 }
@@ -178,8 +180,8 @@ MemoryPlan plan_memory(const TuneOptions& o, const Model& model, const Lora& lor
     plan.peak = std::max(peak_memory_bytes(), now + plan.adapter + plan.activations);
     return plan.peak < limit - limit / 10;
   };
-  const bool fits = o.recompute ? fill(*o.recompute)
-                                : fill(Recompute::light) || fill(Recompute::block);
+  const bool fits =
+      o.recompute ? fill(*o.recompute) : fill(Recompute::light) || fill(Recompute::block);
   if (!fits)
     throw Error(ErrorKind::no_space,
                 {.where = "memory plan",
@@ -191,10 +193,11 @@ MemoryPlan plan_memory(const TuneOptions& o, const Model& model, const Lora& lor
 
 std::string describe(const Dataset& data) {
   const DataCounts& c = data.counts;
-  std::string text = fmt::format("{} examples from {} rows, {} tokens, {} of them learnt ({:.0f} %)",
-                                 data.examples.size(), c.rows, data.tokens(), data.trained_tokens(),
-                                 100.0 * static_cast<double>(data.trained_tokens()) /
-                                     static_cast<double>(std::max<uint64_t>(1, data.tokens())));
+  std::string text =
+      fmt::format("{} examples from {} rows, {} tokens, {} of them learnt ({:.0f} %)",
+                  data.examples.size(), c.rows, data.tokens(), data.trained_tokens(),
+                  100.0 * static_cast<double>(data.trained_tokens()) /
+                      static_cast<double>(std::max<uint64_t>(1, data.tokens())));
   const auto note = [&](uint64_t count, const char* what) {
     if (count != 0) text += fmt::format("; {} {}", count, what);
   };
@@ -277,8 +280,7 @@ std::optional<TuneResult> finished_result(const TuneOptions& o, const std::strin
 
 }  // namespace
 
-double validation_loss(LoraTraining& training, std::span<const Example> examples,
-                       size_t capacity) {
+double validation_loss(LoraTraining& training, std::span<const Example> examples, size_t capacity) {
   std::vector<uint32_t> all(examples.size());
   for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<uint32_t>(i);
   double sum = 0;
@@ -353,8 +355,7 @@ TuneResult tune(const TuneOptions& o, const TuneProgress& progress) {
   } else {
     step_tokens = std::max<size_t>(step_tokens, o.batch_tokens);
   }
-  const size_t capacity =
-      std::max(longest, std::min<size_t>(o.micro_batch_tokens, step_tokens));
+  const size_t capacity = std::max(longest, std::min<size_t>(o.micro_batch_tokens, step_tokens));
   const MemoryPlan plan = plan_memory(o, model, lora, capacity);
   const uint64_t steps = count_steps(o, examples);
   tell({.kind = TuneEvent::Kind::plan,
@@ -375,8 +376,8 @@ TuneResult tune(const TuneOptions& o, const TuneProgress& progress) {
 
   // Where the run stands.
   TrainingRun run;
-  if (std::optional<TrainingRun> saved = read_checkpoint(checkpoint, fingerprint,
-                                                         lora.values.size())) {
+  if (std::optional<TrainingRun> saved =
+          read_checkpoint(checkpoint, fingerprint, lora.values.size())) {
     run = std::move(*saved);
     lora.values = run.values;
     adamw.m = run.m;
@@ -413,7 +414,10 @@ TuneResult tune(const TuneOptions& o, const TuneProgress& progress) {
     } else {
       ++run.without_improvement;
     }
-    tell({.kind = TuneEvent::Kind::validation, .step = run.step, .steps = steps, .loss = loss,
+    tell({.kind = TuneEvent::Kind::validation,
+          .step = run.step,
+          .steps = steps,
+          .loss = loss,
           .text = fmt::format("validation loss {:.4f}{}", loss,
                               run.best_step == run.step ? ", the best so far" : "")});
   };
@@ -497,7 +501,9 @@ TuneResult tune(const TuneOptions& o, const TuneProgress& progress) {
     if (validates) validate();
     if (o.patience != 0 && run.without_improvement >= o.patience) {
       stopped_early = true;
-      tell({.kind = TuneEvent::Kind::stopped_early, .step = run.step, .steps = steps,
+      tell({.kind = TuneEvent::Kind::stopped_early,
+            .step = run.step,
+            .steps = steps,
             .text = fmt::format("no better validation loss {} times in a row: stopping; the best "
                                 "is of step {}",
                                 run.without_improvement, run.best_step)});
@@ -507,10 +513,11 @@ TuneResult tune(const TuneOptions& o, const TuneProgress& progress) {
         (o.save_steps != 0 && run.step % o.save_steps == 0))
       save();
     if (asked && !last && !stopped_early)
-      throw Error(ErrorKind::interrupted,
-                  {.where = o.out.string(),
-                   .what = fmt::format("stopped after step {} of {}; all is saved", run.step, steps),
-                   .cure = "give the same command to go on"});
+      throw Error(
+          ErrorKind::interrupted,
+          {.where = o.out.string(),
+           .what = fmt::format("stopped after step {} of {}; all is saved", run.step, steps),
+           .cure = "give the same command to go on"});
   }
 
   // The best adapter, and the account of the run.
@@ -519,9 +526,8 @@ TuneResult tune(const TuneOptions& o, const TuneProgress& progress) {
   result.steps = run.step;
   result.best_step = run.best.empty() ? run.step : run.best_step;
   result.skipped_steps = run.skipped;
-  result.train_loss = run.loss_count != 0
-                          ? run.loss_sum / static_cast<double>(run.loss_count)
-                          : run.last_epoch_loss;
+  result.train_loss = run.loss_count != 0 ? run.loss_sum / static_cast<double>(run.loss_count)
+                                          : run.last_epoch_loss;
   if (!split.validation.empty()) {
     result.val_loss_before = run.first_loss;
     result.val_loss = run.best_loss;

@@ -1,5 +1,5 @@
-// What a person sees when something is wrong: one line that names file, field and cure, an exit code
-// that is not 0, and nothing half-written.
+// What a person sees when something is wrong: one line that names file, field and cure, an exit
+// code that is not 0, and nothing half-written.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -41,10 +41,10 @@ TEST_CASE("bad input gets one line with file, field and cure, and a code that is
   folder.file("hf/config.json", R"({"architectures": ["GrokForCausalLM"]})");
   folder.file("half/config.json", R"({"architectures": ["LlamaForCausalLM"], "hidden_size": 64})");
   const auto pairs = folder.file("pairs.jsonl", "{\"prompt\": \"a\", \"completion\": \"b\"}\n");
-  const auto broken = folder.file("broken.jsonl", "{\"prompt\": \"a\", \"answer\": \"b\"}\n{\"prom\n");
+  const auto broken =
+      folder.file("broken.jsonl", "{\"prompt\": \"a\", \"answer\": \"b\"}\n{\"prom\n");
   const auto unasked = folder.file("unasked.jsonl", "{\"answer\": \"b\"}\n");
-  const auto questions =
-      folder.file("questions.jsonl", "{\"prompt\": \"a\", \"answer\": \"b\"}\n");
+  const auto questions = folder.file("questions.jsonl", "{\"prompt\": \"a\", \"answer\": \"b\"}\n");
   const std::string out = (folder.path() / "out").string();
 
   const std::vector<Case> cases = {
@@ -54,15 +54,23 @@ TEST_CASE("bad input gets one line with file, field and cure, and a code that is
       {"a model cut in its header", {"run", header.string(), "-p", "x"}, 65, {"header.gguf"}},
       {"a hostile tensor count", {"info", many.string()}, 65, {"many.gguf", "tensor"}},
       {"a file that is no model", {"info", text.string()}, 65, {"text.gguf", "GGUF"}},
-      {"an unknown family", {"info", (folder.path() / "hf").string()}, 69,
+      {"an unknown family",
+       {"info", (folder.path() / "hf").string()},
+       69,
        {"GrokForCausalLM", "llama"}},
-      {"a config that lacks keys", {"info", (folder.path() / "half").string()}, 65,
+      {"a config that lacks keys",
+       {"info", (folder.path() / "half").string()},
+       65,
        {"config.json", "num_hidden_layers"}},
       {"no chat template", {"run", model.string(), "-p", "hello"}, 64, {"template", "--raw"}},
       {"a broken row of questions",
-       {"prove", model.string(), "-q", broken.string()}, 65, {"broken.jsonl", "2"}},
+       {"prove", model.string(), "-q", broken.string()},
+       65,
+       {"broken.jsonl", "2"}},
       {"a question without a prompt",
-       {"prove", model.string(), "-q", unasked.string()}, 65, {"unasked.jsonl", "prompt"}},
+       {"prove", model.string(), "-q", unasked.string()},
+       65,
+       {"unasked.jsonl", "prompt"}},
       {"an unknown size",
        {"forge", "--model", model.string(), "--pairs", pairs.string(), "--questions",
         questions.string(), "--out", out, "--size-ladder", "Q9_X"},
@@ -89,8 +97,7 @@ TEST_CASE("bad input gets one line with file, field and cure, and a code that is
     CHECK(ended.code == item.code);
     CHECK(ended.output.starts_with("moru: "));
     CHECK(lines_of(ended.output) == 1);
-    for (const std::string& word : item.says)
-      CHECK(ended.output.find(word) != std::string::npos);
+    for (const std::string& word : item.says) CHECK(ended.output.find(word) != std::string::npos);
   }
   CHECK_FALSE(std::filesystem::exists(out));
 }
@@ -114,7 +121,8 @@ TEST_CASE("a model and its tokens are told, as text and as JSON") {
   const Ended text = run_program({"info", path});
   CHECK(text.code == 0);
   CHECK(text.output.find("gemma3") != std::string::npos);
-  const auto json = nlohmann::json::parse(run_program({"info", path, "--json", "--example", "th"}).output);
+  const auto json =
+      nlohmann::json::parse(run_program({"info", path, "--json", "--example", "th"}).output);
   CHECK(json["family"] == "gemma3");
   CHECK(json["example"]["ids"] == nlohmann::json({256}));
 }

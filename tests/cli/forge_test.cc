@@ -34,9 +34,24 @@ void write_rows(const TempDir& folder) {
 
 std::vector<std::string> forge_words(const TempDir& folder, const std::string& out) {
   const auto path = [&](const char* name) { return (folder.path() / name).string(); };
-  return {"forge", "--model", path("tiny.gguf"), "--pairs", path("pairs.jsonl"), "--questions",
-          path("questions.jsonl"), "--out", path(out.c_str()), "--size-ladder", "Q8_0,Q4_0",
-          "--template", "{prompt}={completion}", "--epochs", "2", "--max-tokens", "4", "--threads",
+  return {"forge",
+          "--model",
+          path("tiny.gguf"),
+          "--pairs",
+          path("pairs.jsonl"),
+          "--questions",
+          path("questions.jsonl"),
+          "--out",
+          path(out.c_str()),
+          "--size-ladder",
+          "Q8_0,Q4_0",
+          "--template",
+          "{prompt}={completion}",
+          "--epochs",
+          "2",
+          "--max-tokens",
+          "4",
+          "--threads",
           "1"};
 }
 
@@ -72,8 +87,8 @@ TEST_CASE("forge ends in the same files however often it is killed") {
   for (int attempt = 1; attempt <= 40; ++attempt) {
     Program program(forge_words(folder, "killed"));
     // From the first moments to most of the whole run, so that every stage is hit.
-    program.kill_after(std::chrono::milliseconds(
-        static_cast<int>(1000 * seconds * (0.04 + 0.03 * attempt))));
+    program.kill_after(
+        std::chrono::milliseconds(static_cast<int>(1000 * seconds * (0.04 + 0.03 * attempt))));
     const Ended ended = program.wait();
     if (ended.code == 0) break;
     CHECK(ended.code == 128 + SIGKILL);

@@ -39,7 +39,8 @@ TEST_CASE("the three products equal their definitions") {
   // Sums of k normal products: the rounding of f32 partial sums stays far below 1e-3 at k ≤ 700.
   for (const auto [m, n, k] : {std::array<size_t, 3>{1, 5, 3}, {17, 200, 64}, {600, 193, 65}}) {
     CAPTURE(m);
-    const auto x = random_values(m * k, 1), w = random_values(n * k, 2), d = random_values(m * n, 3);
+    const auto x = random_values(m * k, 1), w = random_values(n * k, 2),
+               d = random_values(m * n, 3);
     for (const size_t threads : {1, 2}) {
       Pool pool(threads);
       std::vector<float> y(m * n), dx(m * k), dw(n * k, 1.0f);
@@ -52,8 +53,8 @@ TEST_CASE("the three products equal their definitions") {
       for (size_t at = 0; at < m * n; at += 7) {
         const size_t r = at / n, c = at % n;
         CHECK(y[at] == doctest::Approx(dot(
-                           k, [&](size_t i) { return x[r * k + i]; },
-                           [&](size_t i) { return w[c * k + i]; }))
+                                           k, [&](size_t i) { return x[r * k + i]; },
+                                           [&](size_t i) { return w[c * k + i]; }))
                            .epsilon(1e-3));
       }
       for (size_t at = 0; at < m * k; at += 7) {
@@ -64,8 +65,8 @@ TEST_CASE("the three products equal their definitions") {
       }
       for (size_t at = 0; at < n * k; at += 7) {
         const double wanted = 1 + dot(
-                                            m, [&](size_t i) { return d[i * n + at / k]; },
-                                            [&](size_t i) { return x[i * k + at % k]; });
+                                      m, [&](size_t i) { return d[i * n + at / k]; },
+                                      [&](size_t i) { return x[i * k + at % k]; });
         CHECK(std::abs(dw[at] - wanted) < 1e-3);
       }
     }

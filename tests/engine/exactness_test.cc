@@ -60,9 +60,8 @@ TEST_CASE("exact logits do not depend on threads, chunks or neighbours, for ever
   const TempDir folder;
   for (const std::string family : {"llama", "gemma3"}) {
     for (const DType type :
-         {DType::q8_0, DType::q4_0, DType::q4_1, DType::q5_0, DType::q5_1, DType::q2_k,
-          DType::q3_k, DType::q4_k, DType::q5_k, DType::q6_k, DType::iq4_nl, DType::iq4_xs,
-          DType::mxfp4}) {
+         {DType::q8_0, DType::q4_0, DType::q4_1, DType::q5_0, DType::q5_1, DType::q2_k, DType::q3_k,
+          DType::q4_k, DType::q5_k, DType::q6_k, DType::iq4_nl, DType::iq4_xs, DType::mxfp4}) {
       CAPTURE(family);
       CAPTURE(traits(type).name);
       Random random(seed, static_cast<uint64_t>(type));
@@ -98,7 +97,8 @@ TEST_CASE("exact logits do not depend on threads, chunks or neighbours, for ever
         }
         std::vector<StepSpan> spans;
         for (size_t i = 0; i < others.size(); ++i)
-          spans.push_back({&sequences[i], others[i], i + 1 == others.size() ? 0 : others[i].size()});
+          spans.push_back(
+              {&sequences[i], others[i], i + 1 == others.size() ? 0 : others[i].size()});
         std::vector<float> beside;
         engine.step(spans, [&](size_t, size_t count, float* logits) {
           beside.insert(beside.end(), logits, logits + count * kVocab);

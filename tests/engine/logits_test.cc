@@ -45,8 +45,8 @@ TEST_CASE("f32 logits of real models are those of transformers within 1e-3") {
         const auto columns = item["columns"].get<std::vector<size_t>>();
         each_position(engine, ids, 7, [&](size_t at, const float* logits) {
           for (size_t c = 0; c < columns.size(); ++c)
-            worst = std::max(worst, std::abs(double{logits[columns[c]]} -
-                                             item["logits"][at][c].get<double>()));
+            worst = std::max(
+                worst, std::abs(double{logits[columns[c]]} - item["logits"][at][c].get<double>()));
         });
       }
       MESSAGE(file << ": max abs difference " << worst);

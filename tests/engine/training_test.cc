@@ -152,7 +152,8 @@ TEST_CASE("losses and gradients are PEFT's in f32") {
     const Gradients found = gradients_of(pool, model, lora, documents);
 
     const auto nll = floats(*file.find("nll"));
-    for (size_t i = 0; i < nll.size(); ++i) CHECK(found.nll[i] == doctest::Approx(nll[i]).epsilon(2e-5));
+    for (size_t i = 0; i < nll.size(); ++i)
+      CHECK(found.nll[i] == doctest::Approx(nll[i]).epsilon(2e-5));
     for (size_t l = 0; l < model.config.layers; ++l) {
       for (size_t p = 0; p < kProjections; ++p) {
         const LoraPair& pair = lora.layers[l][p];
@@ -210,14 +211,13 @@ TEST_CASE("what is made anew has the bits of what is kept") {
     for (const Profile profile : {Profile::f32, Profile::bf16}) {
       CAPTURE(name);
       const Model model = load(pool, name, profile);
-      const Lora lora = random_adapter(
-          model.config, std::array{Projection::k, Projection::o, Projection::up}, 3);
+      const Lora lora =
+          random_adapter(model.config, std::array{Projection::k, Projection::o, Projection::up}, 3);
       const auto documents = random_documents({40, 30});
       const Gradients kept =
           gradients_of(pool, model, lora, documents, {.recompute = Recompute::none});
       for (const Recompute level : {Recompute::light, Recompute::block}) {
-        const Gradients remade =
-            gradients_of(pool, model, lora, documents, {.recompute = level});
+        const Gradients remade = gradients_of(pool, model, lora, documents, {.recompute = level});
         CHECK(remade.loss == kept.loss);
         CHECK(remade.values == kept.values);
       }
@@ -243,8 +243,7 @@ TEST_CASE("packed documents give what each gives alone, and so do small batches"
       const TrainingBatch batch = batch_of(std::span(&d, 1));
       std::vector<float> nll(batch.tokens());
       training.accumulate(batch, 1 / learnt, nll);
-      for (const float one : nll)
-        CHECK(one == doctest::Approx(packed.nll[at++]).epsilon(1e-5));
+      for (const float one : nll) CHECK(one == doctest::Approx(packed.nll[at++]).epsilon(1e-5));
     }
     const auto gradients = training.gradients();
     CHECK(relative_distance(gradients, packed.values) < 1e-5);

@@ -21,7 +21,8 @@ namespace fs = std::filesystem;
 
 namespace {
 
-constexpr int64_t kNoon = 1'769'860'800;  // 2026-01-31 12:00 UTC, as tests/parity/expect_chat_templates.py
+constexpr int64_t kNoon =
+    1'769'860'800;  // 2026-01-31 12:00 UTC, as tests/parity/expect_chat_templates.py
 
 const fs::path kGolden = fs::path(MORU_SOURCE_DIR) / "tests/golden";
 

@@ -1,6 +1,7 @@
 // Token ids and decoded text against Hugging Face `tokenizers`, on 5,600 lines. The expected hashes
-// come from tests/parity/expect_tokenizers.py; the models stand in $MORU_PEERS (~/.cache/moru-peers) and
-// in ../shared ($MORU_SHARED), and what is not there is skipped, saying so.
+// come from tests/parity/expect_tokenizers.py; the models stand in $MORU_PEERS
+// (~/.cache/moru-peers) and in ../shared ($MORU_SHARED), and what is not there is skipped, saying
+// so.
 #include <doctest/doctest.h>
 #include <fmt/format.h>
 

@@ -11,8 +11,9 @@ TEST_CASE("the openai package talks to moru serve") {
     MESSAGE("skipped: MORU_TEST_MODEL names no model");
     return;
   }
-  const std::string command = std::string("python3 " MORU_SOURCE_DIR "/tests/parity/openai_client.py ") +
-                              MORU_PROGRAM + " " + model;
+  const std::string command =
+      std::string("python3 " MORU_SOURCE_DIR "/tests/parity/openai_client.py ") + MORU_PROGRAM +
+      " " + model;
   const int status = std::system(command.c_str());
   REQUIRE(WIFEXITED(status));
   if (WEXITSTATUS(status) == 77) {

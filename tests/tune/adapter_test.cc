@@ -49,8 +49,8 @@ std::vector<int32_t> some_ids(size_t count) {
 }
 
 Lora shaken(const Config& config, bool rank_stabilised = false) {
-  Lora lora = make_lora(config, {.rank = 3, .alpha = 7, .rank_stabilised = rank_stabilised,
-                                 .targets = {}}, 1);
+  Lora lora = make_lora(
+      config, {.rank = 3, .alpha = 7, .rank_stabilised = rank_stabilised, .targets = {}}, 1);
   for (size_t i = 0; i < lora.values.size(); ++i)
     lora.values[i] += 0.05f * std::sin(static_cast<float>(i));
   return lora;
@@ -58,8 +58,7 @@ Lora shaken(const Config& config, bool rank_stabilised = false) {
 
 void check_close(const std::vector<float>& x, const std::vector<float>& y, double tolerance) {
   REQUIRE(x.size() == y.size());
-  for (size_t i = 0; i < x.size(); ++i)
-    CHECK(std::abs(double{x[i]} - double{y[i]}) < tolerance);
+  for (size_t i = 0; i < x.size(); ++i) CHECK(std::abs(double{x[i]} - double{y[i]}) < tolerance);
 }
 
 }  // namespace
@@ -94,8 +93,7 @@ TEST_CASE("a new adapter changes nothing and no two tensors are alike") {
 
 TEST_CASE("target modules are read as PEFT spells them") {
   CHECK(parse_target_modules("all-linear").size() == kProjections);
-  CHECK(parse_target_modules("q_proj,v_proj") ==
-        std::vector{Projection::q, Projection::v});
+  CHECK(parse_target_modules("q_proj,v_proj") == std::vector{Projection::q, Projection::v});
   for (const char* wrong : {"", "qproj", "lm_head", "q_proj;v_proj"}) {
     CAPTURE(wrong);
     CHECK(error_from([&] { parse_target_modules(wrong); }).kind() == ErrorKind::usage);
@@ -150,13 +148,15 @@ TEST_CASE("adapters that moru does not compute, or of another model, are refused
   };
   CHECK(refusal(kGolden / "gemma3" / "start").kind() == ErrorKind::bad_input);
   CHECK(refusal(kGolden / "none").kind() == ErrorKind::not_found);
-  const std::pair<const char*, const char*> changes[] = {
-      {"use_dora", "true"}, {"bias", "\"all\""}, {"modules_to_save", "[\"lm_head\"]"},
-      {"peft_type", "\"IA3\""}};
+  const std::pair<const char*, const char*> changes[] = {{"use_dora", "true"},
+                                                         {"bias", "\"all\""},
+                                                         {"modules_to_save", "[\"lm_head\"]"},
+                                                         {"peft_type", "\"IA3\""}};
   for (const auto& [key, value] : changes) {
     CAPTURE(key);
     const TempDir dir;
-    nlohmann::json j = nlohmann::json::parse(read_file(kGolden / "llama/start/adapter_config.json"));
+    nlohmann::json j =
+        nlohmann::json::parse(read_file(kGolden / "llama/start/adapter_config.json"));
     j[key] = nlohmann::json::parse(value);
     dir.file("adapter_config.json", j.dump());
     dir.file("adapter_model.safetensors",
@@ -194,8 +194,9 @@ TEST_CASE("a merged model computes what base and adapter compute together") {
       write_merged_gguf(dir.path() / "again.gguf", base_gguf, lora, DType::f32);
       const Model again = load(pool, dir.path() / "again.gguf");
       check_close(losses(pool, again, no_adapter(base.config), ids), wanted, 2e-5);
-      CHECK(error_from([&] { write_merged_folder(dir.path() / "no", base_gguf, lora, DType::f32); })
-                .kind() == ErrorKind::unsupported);
+      CHECK(error_from([&] {
+              write_merged_folder(dir.path() / "no", base_gguf, lora, DType::f32);
+            }).kind() == ErrorKind::unsupported);
     }
   }
 }
@@ -216,7 +217,8 @@ TEST_CASE("50 steps follow PEFT's, and the merged model gives its logits") {
       const auto& set = j["sets"][step % j["sets"].size()];
       TrainingBatch batch;
       for (const auto& d : set)
-        batch.append(d["ids"].get<std::vector<int32_t>>(), d["trained"].get<std::vector<uint8_t>>());
+        batch.append(d["ids"].get<std::vector<int32_t>>(),
+                     d["trained"].get<std::vector<uint8_t>>());
       const auto learnt = static_cast<double>(batch.trained());
       training.clear_gradients();
       const double loss = training.accumulate(batch, static_cast<float>(1 / learnt)) / learnt;

@@ -22,8 +22,7 @@ std::string marked(const Example& e) {
   for (size_t at = 0; at < e.ids.size();) {
     size_t end = at;
     while (end < e.ids.size() && e.trained[end] == e.trained[at]) ++end;
-    const std::string text =
-        model().tokenizer.decode(std::span(e.ids).subspan(at, end - at), true);
+    const std::string text = model().tokenizer.decode(std::span(e.ids).subspan(at, end - at), true);
     out += e.trained[at] != 0 ? "[" + text + "]" : text;
     at = end;
   }
@@ -48,15 +47,14 @@ const std::string kPair =
 }  // namespace
 
 TEST_CASE("every format of pairs gives the same example") {
-  for (const char* row : {
-           R"({"prompt": "What is it?", "completion": "An anvil."})",
-           R"({"prompt": [{"role": "user", "content": "What is it?"}],
+  for (const char* row : {R"({"prompt": "What is it?", "completion": "An anvil."})",
+                          R"({"prompt": [{"role": "user", "content": "What is it?"}],
                "completion": [{"role": "assistant", "content": "An anvil."}]})",
-           R"({"messages": [{"role": "user", "content": "What is it?"},
+                          R"({"messages": [{"role": "user", "content": "What is it?"},
                             {"role": "assistant", "content": "An anvil."}]})",
-           R"({"conversations": [{"from": "human", "value": "What is it?"},
+                          R"({"conversations": [{"from": "human", "value": "What is it?"},
                                  {"from": "gpt", "value": "An anvil."}]})",
-           R"({"instruction": "What is it?", "input": "", "output": "An anvil."})"})
+                          R"({"instruction": "What is it?", "input": "", "output": "An anvil."})"})
     CHECK(rendered(row) == kPair);
   CHECK(rendered(R"({"text": "What is it?", "category": "An anvil."})",
                  {.prompt_column = "text", .completion_column = "category"}) == kPair);
@@ -78,18 +76,16 @@ TEST_CASE("all answers of a conversation are learnt, or the last alone") {
   const std::string user = "<|im_start|>user\n", assistant = "<|im_start|>assistant\n";
   CHECK(rendered(row) == user + "a<|im_end|>\n" + assistant + "[b<|im_end|>]\n" + user +
                              "c<|im_end|>\n" + assistant + "[d<|im_end|>]");
-  CHECK(rendered(row, {.last_turn_only = true}) ==
-        user + "a<|im_end|>\n" + assistant + "b<|im_end|>\n" + user + "c<|im_end|>\n" + assistant +
-            "[d<|im_end|>]");
+  CHECK(rendered(row, {.last_turn_only = true}) == user + "a<|im_end|>\n" + assistant +
+                                                       "b<|im_end|>\n" + user + "c<|im_end|>\n" +
+                                                       assistant + "[d<|im_end|>]");
 }
 
 TEST_CASE("a plain template is rendered as it stands and ends with EOS") {
   CHECK(rendered(R"({"prompt": "2+2", "completion": "4"})",
-                 {.plain_template = "Q: {prompt}\nA: {completion}"}) ==
-        "Q: 2+2\nA: [4<|im_end|>]");
-  CHECK(error_from([] {
-          ExampleMaker(model(), {.plain_template = "{prompt}"});
-        }).kind() == ErrorKind::usage);
+                 {.plain_template = "Q: {prompt}\nA: {completion}"}) == "Q: 2+2\nA: [4<|im_end|>]");
+  CHECK(error_from([] { ExampleMaker(model(), {.plain_template = "{prompt}"}); }).kind() ==
+        ErrorKind::usage);
   CHECK(rendered(R"({"text": "all of it"})") == "[all of it<|im_end|>]");
 }
 
@@ -97,8 +93,8 @@ TEST_CASE("the ids of a prompt are those that the model is asked with") {
   // "An anvil" alone would merge otherwise than after a newline with a space; the prompt's ids
   // must be a start of the example's.
   const Dataset data = made(R"({"prompt": "the other", "completion": "then"})");
-  const std::vector<TokenId> asked = model().tokenizer.encode(
-      "<|im_start|>user\nthe other<|im_end|>\n<|im_start|>assistant\n");
+  const std::vector<TokenId> asked =
+      model().tokenizer.encode("<|im_start|>user\nthe other<|im_end|>\n<|im_start|>assistant\n");
   const Example& e = data.examples.at(0);
   REQUIRE(e.ids.size() > asked.size());
   CHECK(std::equal(asked.begin(), asked.end(), e.ids.begin()));
@@ -145,8 +141,8 @@ TEST_CASE("rows that are no pairs are told by line and field, and do not stop th
   }
   const TempDir dir;
   const auto path = dir.file("rows.csv", "ask,category\nhello,greet\nbye,leave\n,\n");
-  const Dataset data = load_dataset(
-      path, model(), {.prompt_column = "ask", .completion_column = "category"});
+  const Dataset data =
+      load_dataset(path, model(), {.prompt_column = "ask", .completion_column = "category"});
   CHECK(data.examples.size() == 3);
   const Error e = error_from([&] { load_dataset(path, model(), {}); });
   CHECK(e.kind() == ErrorKind::bad_input);
@@ -156,8 +152,8 @@ TEST_CASE("rows that are no pairs are told by line and field, and do not stop th
 TEST_CASE("a split keeps equal prompts together and does not depend on other rows") {
   std::vector<Example> examples;
   for (uint64_t i = 0; i < 2000; ++i)
-    examples.push_back({.ids = {1, 2}, .trained = {0, 1}, .line = i,
-                        .hash = (i / 2) * 0x9E3779B97F4A7C15u});
+    examples.push_back(
+        {.ids = {1, 2}, .trained = {0, 1}, .line = i, .hash = (i / 2) * 0x9E3779B97F4A7C15u});
   const Split split = split_by_hash(examples, 0.1);
   CHECK(split.train.size() + split.validation.size() == 2000);
   CHECK(split.validation.size() > 100);
