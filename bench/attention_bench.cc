@@ -1,12 +1,14 @@
 // Speed of attention and of the row operations, as shares of the f32 multiply-add rate and of the
 // read bandwidth that the same run measures.
 //
-//   attention_bench [prefill] [decode] [training] [rows]      all by default
+//   attention_bench [prefill] [decode] [training] [rows] [model…]      all by default
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstdio>
+#include <iterator>
 #include <string_view>
 #include <vector>
 
@@ -30,6 +32,15 @@ constexpr Model kModels[] = {{"SmolLM2-135M", 9, 3, 64},
                              {"Qwen3-0.6B", 16, 8, 128},
                              {"Llama-3.2-1B", 32, 8, 64}};
 
+std::vector<Model> asked_models(int argc, char** argv) {
+  std::vector<Model> asked;
+  for (const Model& m : kModels)
+    if (std::find(argv + 1, argv + argc, std::string_view(m.name)) != argv + argc)
+      asked.push_back(m);
+  if (asked.empty()) asked.assign(std::begin(kModels), std::end(kModels));
+  return asked;
+}
+
 AttentionShape shape_of(const Model& m) {
   return {.heads = m.heads,
           .kv_heads = m.kv_heads,
@@ -51,9 +62,9 @@ struct Limits {
   double bandwidth, fma;
 };
 
-void prefill(Pool& pool, const Limits& limits) {
+void prefill(Pool& pool, const Limits& limits, const std::vector<Model>& models) {
   fmt::print("\nprefill, 512 tokens          context       ms  GFLOP/s  of fma\n");
-  for (const Model& m : kModels) {
+  for (const Model& m : models) {
     const AttentionShape s = shape_of(m);
     const size_t tokens = 512, ldq = s.heads * s.head_dim, ldkv = s.kv_heads * s.head_dim;
     const std::vector<float> q = normals(tokens * ldq), kv = normals(8192 * ldkv);
@@ -79,9 +90,9 @@ void prefill(Pool& pool, const Limits& limits) {
 }
 
 // As many layers as make the cache larger than the processor's own memory.
-void decode(Pool& pool, const Limits& limits) {
+void decode(Pool& pool, const Limits& limits, const std::vector<Model>& models) {
   fmt::print("\ndecode              sequences  context       µs     GB/s  of bw  of fma\n");
-  for (const Model& m : kModels) {
+  for (const Model& m : models) {
     const AttentionShape s = shape_of(m);
     const size_t ldq = s.heads * s.head_dim, ldkv = s.kv_heads * s.head_dim;
     for (const auto& [sequences, context] :
@@ -117,9 +128,9 @@ void decode(Pool& pool, const Limits& limits) {
   }
 }
 
-void training(Pool& pool, const Limits& limits) {
+void training(Pool& pool, const Limits& limits, const std::vector<Model>& models) {
   fmt::print("\ntraining              documents   forward ms  of fma  backward ms  of fma\n");
-  for (const Model& m : kModels) {
+  for (const Model& m : models) {
     const AttentionShape s = shape_of(m);
     const size_t ldq = s.heads * s.head_dim, ldkv = s.kv_heads * s.head_dim;
     for (const auto& [documents, length] :
@@ -225,16 +236,23 @@ void rows(Pool& pool, const Limits& limits) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
   Pool pool(usable_threads());
+  const std::vector<Model> models = asked_models(argc, argv);
   const Limits limits{bench::read_bandwidth(pool), bench::fma_rate(pool)};
   fmt::print("{}\nread bandwidth {:.1f} GB/s, f32 multiply-adds {:.0f} GFLOP/s\n", machine_name(),
              limits.bandwidth / 1e9, limits.fma / 1e9);
+  bool all = true;
   const auto asked = [&](std::string_view name) {
-    return argc == 1 || std::find(argv + 1, argv + argc, name) != argv + argc;
+    const bool named = std::find(argv + 1, argv + argc, name) != argv + argc;
+    all = all && !named;
+    return named;
   };
-  if (asked("prefill")) prefill(pool, limits);
-  if (asked("decode")) decode(pool, limits);
-  if (asked("training")) training(pool, limits);
-  if (asked("rows")) rows(pool, limits);
+  const bool prefills = asked("prefill"), decodes = asked("decode");
+  const bool trains = asked("training"), rowwise = asked("rows");
+  if (all || prefills) prefill(pool, limits, models);
+  if (all || decodes) decode(pool, limits, models);
+  if (all || trains) training(pool, limits, models);
+  if (all || rowwise) rows(pool, limits);
   return 0;
 }

@@ -30,8 +30,7 @@ struct AttentionSpan {
 };
 
 // q, out: [rows, heads · head_dim] f32, rows `ld` apart. out may not be q. Allocates nothing once
-// its scratch memory (per thread, up to 100 KB per row tile and the parts of long contexts) has
-// grown.
+// its scratch memory (per thread some 300 KB, and the parts of long contexts) has grown.
 void attend_cached(Pool& pool, const AttentionShape& shape, const KvCache& cache, size_t layer,
                    std::span<const AttentionSpan> spans, const float* q, size_t ldq, float* out,
                    size_t ldo);

@@ -16,7 +16,7 @@ struct Mask {
   __m256 lo, hi;
 };
 // 12 accumulators, 2 registers of B, 2 of A: all 16.
-constexpr size_t kTileRows = 6, kTileVecs = 1;
+constexpr size_t kTileRows = 6, kTileVecs = 1, kTallTileRows = 6, kTallTileVecs = 1;
 
 inline Vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline Vec splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

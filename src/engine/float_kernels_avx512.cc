@@ -17,6 +17,7 @@ using Vec = __m512;
 using Mask = __mmask16;
 // 24 accumulators, 4 registers of B, 1 of A: 29 of 32. A smaller tile would wait for loads.
 constexpr size_t kTileRows = 6, kTileVecs = 4;
+constexpr size_t kTallTileRows = 8, kTallTileVecs = 2;
 
 inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec splat(float x) { return _mm512_set1_ps(x); }

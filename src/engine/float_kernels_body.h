@@ -1,5 +1,5 @@
 // The kernels of float_kernels.h over a vector of 16 floats. Included by each level's file inside
-// its anonymous namespace, after it has defined Vec, Mask, kTileRows, kTileVecs and the operations;
+// its anonymous namespace, after it has defined Vec, Mask, the sizes of tiles and the operations;
 // so this file includes nothing itself.
 
 // A matrix operand in f16.
@@ -324,20 +324,22 @@ void tile_product(size_t k, const Operands& o, const B* b, const B* ahead, size_
 
 template <size_t kRows, typename B>
 inline void row_product(size_t vecs, size_t k, const Operands& o, const B* b, const B* ahead) {
+  constexpr size_t kVecs = kRows <= kTileRows ? kTileVecs : kTallTileVecs;
   size_t v = 0;
-  for (; v + kTileVecs <= vecs; v += kTileVecs)
-    tile_product<kRows, kTileVecs>(k, o, b, ahead, 16 * v);
-  if constexpr (kTileVecs == 4) {
+  for (; v + kVecs <= vecs; v += kVecs) tile_product<kRows, kVecs>(k, o, b, ahead, 16 * v);
+  if constexpr (kVecs > 2) {
     if (vecs - v == 3) tile_product<kRows, 3>(k, o, b, ahead, 16 * v);
     if (vecs - v == 2) tile_product<kRows, 2>(k, o, b, ahead, 16 * v);
+  }
+  if constexpr (kVecs > 1) {
     if (vecs - v == 1) tile_product<kRows, 1>(k, o, b, ahead, 16 * v);
   }
 }
 
-// The same for up to kTileRows rows and any number of vectors.
+// The same for up to kTallTileRows rows and any number of vectors.
 template <typename B>
 void product(size_t rows, size_t vecs, size_t k, const Operands& o, const B* b, const B* ahead) {
-  static_assert(kTileRows == 6);
+  static_assert(kTileRows == 6 && (kTallTileRows == 6 || kTallTileRows == 8));
   switch (rows) {
     case 1:
       return row_product<1>(vecs, k, o, b, ahead);
@@ -352,16 +354,20 @@ void product(size_t rows, size_t vecs, size_t k, const Operands& o, const B* b, 
     case 6:
       return row_product<6>(vecs, k, o, b, ahead);
   }
+  if constexpr (sizeof(B) == 2 && kTallTileRows == 8) {
+    if (rows == 7) return row_product<7>(vecs, k, o, b, ahead);
+    if (rows == 8) return row_product<8>(vecs, k, o, b, ahead);
+  }
 }
 inline void product(size_t rows, size_t vecs, size_t k, const Operands& o, const float* b) {
   product(rows, vecs, k, o, b, b);
 }
 
-// Calls f(first, count) for tiles of at most kTileRows of `rows`, as even as they can be: 7 rows
-// are 4 + 3, not 6 + 1.
+// Calls f(first, count) for tiles of at most `most` of `rows`, as even as they can be: 7 rows are
+// 4 + 3, not 6 + 1.
 template <typename F>
-inline void each_tile(size_t rows, F f) {
-  size_t left = (rows + kTileRows - 1) / kTileRows;
+inline void each_tile(size_t rows, size_t most, F f) {
+  size_t left = (rows + most - 1) / most;
   for (size_t first = 0; first < rows; --left) {
     const size_t count = (rows - first + left - 1) / left;
     f(first, count);
@@ -498,12 +504,17 @@ inline void widen_words(const Half* from, size_t count, float* to) {
   for (size_t i = 0; i < count; i += 16) store(to + i, load(from + i));
 }
 
-// Below this many rows a page is widened as it is read; above, once for all rows.
+// Below this many rows a page of f16 is widened as it is read, in tiles tall enough to read it once
+// for a group of up to 8 heads; above, it is widened once for all rows.
 constexpr size_t kWidenRows = 12;
+inline bool widens(const AttendBlock& b) { return b.f16 && b.rows >= kWidenRows; }
+inline size_t rows_per_tile(const AttendBlock& b) {
+  return b.f16 && !widens(b) ? kTallTileRows : kTileRows;
+}
 
 template <typename T>
 inline void scores_of_page(const AttendBlock& b, size_t page, const T* keys, const T* ahead) {
-  each_tile(b.rows, [&](size_t r, size_t count) {
+  each_tile(b.rows, rows_per_tile(b), [&](size_t r, size_t count) {
     const size_t start = page * kKeyPage;
     const Range seen = within(seen_by(b.first + r, b.end + r, count), start, start + kKeyPage);
     if (seen.first == seen.end) return;
@@ -522,7 +533,7 @@ inline void scores_of_page(const AttendBlock& b, size_t page, const T* keys, con
 template <typename T>
 inline void values_of_page(const AttendBlock& b, size_t page, const T* values, const T* ahead,
                            size_t ldv) {
-  each_tile(b.rows, [&](size_t r, size_t count) {
+  each_tile(b.rows, rows_per_tile(b), [&](size_t r, size_t count) {
     const size_t start = page * kKeyPage;
     const Range tile = seen_by(b.first + r, b.end + r, count);
     const Range seen = within(tile, start, start + kKeyPage);
@@ -541,7 +552,7 @@ inline void values_of_page(const AttendBlock& b, size_t page, const T* values, c
 
 void attend_block(const AttendBlock& b) {
   const size_t page_words = kKeyPage * b.head_dim;
-  const bool widen = b.f16 && b.rows >= kWidenRows;
+  const bool widen = widens(b);
   for (size_t p = 0; p < b.pages; ++p) {
     if (b.f16 && !widen) {
       const auto* keys = static_cast<const Half*>(b.keys[p]);
@@ -553,7 +564,7 @@ void attend_block(const AttendBlock& b) {
     const float* keys = widen ? b.page : static_cast<const float*>(b.keys[p]);
     scores_of_page(b, p, keys, keys);
   }
-  each_tile(b.rows, [&](size_t r0, size_t count) {
+  each_tile(b.rows, rows_per_tile(b), [&](size_t r0, size_t count) {
     const Range tile = seen_by(b.first + r0, b.end + r0, count);
     for (size_t r = r0; r < r0 + count; ++r)
       softmax_row(b.scores + r * kKeyBlock, tile,
@@ -623,7 +634,7 @@ inline void probability_row(const AttendBackwardTile& t, size_t r, size_t vecs) 
 
 void attend_backward_tile(const AttendBackwardTile& t) {
   const size_t key_vecs = (t.keys + 15) / 16, dim_vecs = t.head_dim / 16;
-  each_tile(t.rows, [&](size_t r0, size_t count) {
+  each_tile(t.rows, kTileRows, [&](size_t r0, size_t count) {
     const Range seen = seen_by(t.first + r0, t.end + r0, count);
     const size_t v = seen.first / 16, end = (seen.end + 15) / 16;
     if (v < end) {
@@ -661,7 +672,7 @@ void attend_backward_tile(const AttendBackwardTile& t) {
   });
   // dV = Pᵀ · dO and dK = dSᵀ · Q, over the rows that see any key of the tile.
   size_t from = 0, to = 0;
-  each_tile(t.keys, [&](size_t j, size_t count) {
+  each_tile(t.keys, kTileRows, [&](size_t j, size_t count) {
     while (from < t.rows && t.end[from] <= j) ++from;
     if (to < from) to = from;
     while (to < t.rows && t.first[to] < j + count) ++to;

@@ -14,7 +14,7 @@ struct Vec {
 struct Mask {
   bool lane[16];
 };
-constexpr size_t kTileRows = 6, kTileVecs = 1;
+constexpr size_t kTileRows = 6, kTileVecs = 1, kTallTileRows = 6, kTallTileVecs = 1;
 
 template <typename F>
 inline Vec lanes(F f) {

@@ -43,6 +43,11 @@ struct KvCache::State {
     MORU_DCHECK(users[page] > 0);
     if (--users[page] == 0) free.push_back(page);
   }
+  // A sequence that was cut inside a shared page would write what others read.
+  bool writes_shared(const KvSequence& sequence) const {
+    const size_t at = sequence.tokens() / kPageTokens;
+    return at < sequence.pages().size() && users[sequence.pages()[at]] > 1;
+  }
   uint32_t copy_of(uint32_t page) {
     const uint32_t copy = take();
     std::memcpy(memory + copy * page_bytes, memory + page * page_bytes, page_bytes);
@@ -115,22 +120,26 @@ bool KvCache::fork(const KvSequence& from, size_t tokens, KvSequence& into) {
   return true;
 }
 
+size_t KvCache::pages_for(const KvSequence& sequence, size_t count) const {
+  if (count == 0) return 0;
+  const size_t want = (sequence.tokens_ + count + kPageTokens - 1) / kPageTokens;
+  const size_t have = sequence.pages_.size();
+  return (want > have ? want - have : 0) + (state_->writes_shared(sequence) ? 1 : 0);
+}
+
 bool KvCache::reserve(KvSequence& sequence, size_t count) {
   MORU_CHECK(sequence.cache_ == this);
-  if (count == 0) return true;
   State& s = *state_;
-  const size_t want = (sequence.tokens_ + count + kPageTokens - 1) / kPageTokens;
-  const size_t more = want > sequence.pages_.size() ? want - sequence.pages_.size() : 0;
-  // A sequence that was cut inside a shared page would write what others read: it gets its own.
-  const size_t at = sequence.tokens_ / kPageTokens;
-  const bool shared = at < sequence.pages_.size() && s.users[sequence.pages_[at]] > 1;
-  if (more + (shared ? 1 : 0) > s.free.size()) return false;
-  if (shared) {
-    const uint32_t old = sequence.pages_[at];
-    sequence.pages_[at] = s.copy_of(old);
-    s.let_go(old);
+  size_t need = pages_for(sequence, count);
+  if (need > s.free.size()) return false;
+  if (need == 0) return true;
+  if (s.writes_shared(sequence)) {
+    uint32_t& page = sequence.pages_[sequence.tokens_ / kPageTokens];
+    const uint32_t shared = std::exchange(page, s.copy_of(page));
+    s.let_go(shared);
+    --need;
   }
-  for (size_t i = 0; i < more; ++i) sequence.pages_.push_back(s.take());
+  for (size_t i = 0; i < need; ++i) sequence.pages_.push_back(s.take());
   return true;
 }
 

@@ -58,6 +58,8 @@ class KvCache {
   // `into` becomes another sequence with the first `tokens` of `from`: full pages by reference, the
   // last partial page by copy. False, and `into` unchanged, if that copy finds no free page.
   bool fork(const KvSequence& from, size_t tokens, KvSequence& into);
+  // The free pages that reserve() would take.
+  size_t pages_for(const KvSequence& sequence, size_t count) const;
   // Makes room for `count` more tokens; false, and nothing taken, if too few pages are free.
   bool reserve(KvSequence& sequence, size_t count);
   // Forgets all but the first `tokens`.

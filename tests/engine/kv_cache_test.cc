@@ -175,6 +175,10 @@ TEST_CASE("a sequence cut inside a shared page writes to its own copy") {
   CHECK(cache.free_pages() == 1);
   cache.truncate(b, 70);
   CHECK(b.tokens() == 70);
+  CHECK(cache.pages_for(b, 0) == 0);
+  CHECK(cache.pages_for(b, 1) == 1);
+  CHECK(cache.pages_for(b, 100) == 2);
+  CHECK(cache.pages_for(a, 64) == 1);
   append(cache, b, 2.0f);
   CHECK(cache.free_pages() == 0);
   CHECK(key(cache, a, 0, 0, 70, 0) == 1.0f);
