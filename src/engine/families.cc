@@ -149,8 +149,7 @@ void finish(const Family& family, const Keys& keys, Config& config) {
   if (config.heads % config.kv_heads != 0)
     keys.refuse("head counts", fmt::format("{} query heads are not a multiple of {} KV heads",
                                            config.heads, config.kv_heads));
-  if (config.head_dim % 2 != 0)
-    keys.refuse("head_dim", fmt::format("is {}, an odd number", config.head_dim));
+  if (config.head_dim % 16 != 0) keys.unsupported("head_dim", std::to_string(config.head_dim));
   if (config.rope.dims == 0) config.rope.dims = config.head_dim;
   if (config.rope.dims > config.head_dim || config.rope.dims % 2 != 0)
     keys.refuse("rope dimensions",

@@ -181,8 +181,7 @@ struct Engine::State {
       for (size_t i = 0; i < span.tokens.size(); ++i)
         positions.push_back(static_cast<int32_t>(first + i));
       tokens += span.tokens.size();
-      pages += (first + span.tokens.size() + kPageTokens - 1) / kPageTokens -
-               span.sequence->pages().size();
+      pages += cache.pages_for(*span.sequence, span.tokens.size());
     }
     MORU_CHECK(tokens <= step_tokens);
     if (pages > cache.free_pages())
