@@ -1,7 +1,9 @@
 // 16 lanes as one AVX-512 register.
 
 // GCC 12 warns about the undefined operands inside its own intrinsics (PR 105593).
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 

@@ -13,7 +13,7 @@
 namespace moru {
 namespace {
 
-#define MORU_INLINE [[gnu::always_inline]] static inline
+#define MORU_INLINE [[gnu::always_inline, maybe_unused]] static inline
 
 using Half = __m256i;  // of a word: eight rows
 

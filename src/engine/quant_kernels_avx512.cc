@@ -14,7 +14,9 @@
 
 // GCC 12 takes the undefined vectors inside its own intrinsics for a mistake of ours.
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 namespace moru {
 namespace {

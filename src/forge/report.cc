@@ -155,7 +155,7 @@ Candidate candidate_from(const Reader& in) {
   in.read("verdict", c.verdict);
   in.read("note", c.note);
   if (const std::optional<Reader> best = in.object("against_best")) {
-    c.against_best.emplace();
+    c.against_best = Candidate::AgainstBest{};
     best->read("newly_wrong", c.against_best->newly_wrong);
     best->read("newly_right", c.against_best->newly_right);
     best->read("p", c.against_best->p);

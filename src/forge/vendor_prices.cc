@@ -110,7 +110,9 @@ std::optional<Json> read_map(const std::filesystem::path& path) {
 
 std::vector<VendorPrice> prices_from_map(const std::string& where, const Json& map) {
   std::vector<VendorPrice> prices;
-  for (const auto& [name, entry] : map.items()) {
+  for (const auto& item : map.items()) {
+    const std::string& name = item.key();
+    const Json& entry = item.value();
     const auto cost = [&](const char* field) -> double {
       const auto value = entry.find(field);
       if (value == entry.end() || value->is_null()) return 0;
