@@ -12,16 +12,9 @@
 #include "formats/jinja/format.h"
 #include "formats/jinja/loop.h"
 #include "formats/jinja/strings.h"
+#include "formats/jinja/value_parts.h"
 
 namespace moru::jinja {
-namespace {
-
-constexpr size_t kStepsMin = 20'000'000, kStepsPerByte = 50;
-constexpr size_t kBytesMin = size_t{64} << 20, kBytesPerByte = 32;
-// Values nest at most this deep: printing, comparing and dropping them recurses.
-constexpr uint32_t kMaxDepth = 500;
-// What a value costs beside its bytes.
-constexpr size_t kOverheadBytes = 64;
 
 uint32_t depth_of(const Value& v) {
   if (const Sequence* sequence = as_sequence(v)) return sequence->depth;
@@ -30,9 +23,20 @@ uint32_t depth_of(const Value& v) {
   return 0;
 }
 
-[[noreturn]] void fail_on_depth(const Runtime& runtime) {
+void fail_on_depth(const Runtime& runtime) {
   runtime.fail(fmt::format("values nested deeper than {}", kMaxDepth));
 }
+
+bool is_tuple(const Sequence& sequence) {
+  return sequence.kind == Sequence::Kind::tuple || sequence.kind == Sequence::Kind::group;
+}
+
+namespace {
+
+constexpr size_t kStepsMin = 20'000'000, kStepsPerByte = 50;
+constexpr size_t kBytesMin = size_t{64} << 20, kBytesPerByte = 32;
+// What a value costs beside its bytes.
+constexpr size_t kOverheadBytes = 64;
 
 const char* kind_name(Sequence::Kind kind) {
   switch (kind) {
@@ -53,10 +57,6 @@ const char* kind_name(Sequence::Kind kind) {
       break;
   }
   return "generator";
-}
-
-bool is_tuple(const Sequence& sequence) {
-  return sequence.kind == Sequence::Kind::tuple || sequence.kind == Sequence::Kind::group;
 }
 
 // Whether Python could use the value as a key.
@@ -180,157 +180,6 @@ void add_sequence_repr(Builder& out, const Sequence& sequence) {
       out.add("([");
       add_items_repr(out, sequence.items);
       return out.add("])");
-  }
-}
-
-void add_json_text(Builder& out, std::string_view text, bool ascii) {
-  out.add("\"");
-  size_t plain = 0;  // begin of the run that needs no escape
-  for (size_t at = 0; at < text.size();) {
-    const CodePoint c = code_point_at(text, at);
-    const bool escaped =
-        c.value < 0x20 || c.value == '"' || c.value == '\\' || (ascii && c.value > 0x7E);
-    if (!escaped) {
-      at += c.bytes;
-      continue;
-    }
-    out.add(text.substr(plain, at - plain));
-    at += c.bytes;
-    plain = at;
-    static constexpr std::string_view kNamed = "\"\\\n\r\t\f\b", kLetters = "\"\\nrtfb";
-    const size_t named = c.value < 0x80 ? kNamed.find(static_cast<char>(c.value)) : kNamed.npos;
-    if (named != kNamed.npos) {
-      out.add("\\");
-      out.add(kLetters.substr(named, 1));
-    } else if (c.value < 0x10000) {
-      out.add(fmt::format("\\u{:04x}", static_cast<uint32_t>(c.value)));
-    } else {
-      const uint32_t offset = static_cast<uint32_t>(c.value) - 0x10000;
-      out.add(
-          fmt::format("\\u{:04x}\\u{:04x}", 0xD800 + (offset >> 10), 0xDC00 + (offset & 0x3FF)));
-    }
-  }
-  out.add(text.substr(plain));
-  out.add("\"");
-}
-
-std::string json_of(double v) {
-  if (std::isnan(v)) return "NaN";
-  if (std::isinf(v)) return v > 0 ? "Infinity" : "-Infinity";
-  return repr_of(v);
-}
-
-// What json.dumps makes of a key.
-std::string json_key(Runtime& runtime, const Value& key) {
-  if (const Text* text = as_text(key)) return text->bytes;
-  if (const auto* flag = std::get_if<bool>(&key)) return *flag ? "true" : "false";
-  if (is_none(key)) return "null";
-  if (const auto* whole = std::get_if<Int>(&key)) return fmt::format("{}", *whole);
-  if (const auto* real = std::get_if<double>(&key)) return json_of(*real);
-  runtime.fail(fmt::format("a key of JSON cannot be a {}", type_name(key)));
-}
-
-class JsonWriter {
- public:
-  JsonWriter(Builder& out, const JsonStyle& style) : out_(out), style_(style) {
-    item_separator_ = style.item_separator.value_or(style.indent ? "," : ", ");
-    key_separator_ = style.key_separator.value_or(": ");
-  }
-
-  void write(const Value& v, size_t level) {
-    Runtime& runtime = out_.runtime();
-    runtime.step();
-    if (is_none(v)) return out_.add("null");
-    if (const auto* flag = std::get_if<bool>(&v)) return out_.add(*flag ? "true" : "false");
-    if (const auto* whole = std::get_if<Int>(&v)) return out_.add(fmt::format("{}", *whole));
-    if (const auto* real = std::get_if<double>(&v)) return out_.add(json_of(*real));
-    if (const Text* text = as_text(v)) return add_json_text(out_, text->bytes, style_.ascii);
-    if (const Sequence* sequence = as_sequence(v);
-        sequence && (sequence->kind == Sequence::Kind::list || is_tuple(*sequence))) {
-      if (sequence->items.empty()) return out_.add("[]");
-      out_.add("[");
-      for (size_t i = 0; i < sequence->items.size(); ++i) {
-        begin_item(i, level + 1);
-        write(sequence->items[i], level + 1);
-      }
-      end_items(level);
-      return out_.add("]");
-    }
-    if (const Dict* dict = as_dict(v)) return write_dict(*dict, level);
-    runtime.fail(fmt::format("a {} cannot be written as JSON", type_name(v)),
-                 is_undefined(v) ? reason_of(std::get<Undefined>(v)) : "");
-  }
-
- private:
-  void write_dict(const Dict& dict, size_t level) {
-    if (dict.items.empty()) return out_.add("{}");
-    std::vector<const std::pair<Value, Value>*> items;
-    for (const auto& item : dict.items) items.push_back(&item);
-    if (style_.sort_keys) {
-      std::stable_sort(items.begin(), items.end(), [&](const auto* a, const auto* b) {
-        return compare(out_.runtime(), a->first, b->first) < 0;
-      });
-    }
-    out_.add("{");
-    for (size_t i = 0; i < items.size(); ++i) {
-      begin_item(i, level + 1);
-      add_json_text(out_, json_key(out_.runtime(), items[i]->first), style_.ascii);
-      out_.add(key_separator_);
-      write(items[i]->second, level + 1);
-    }
-    end_items(level);
-    out_.add("}");
-  }
-  void begin_item(size_t i, size_t level) {
-    if (i > 0) out_.add(item_separator_);
-    if (style_.indent) break_line(level);
-  }
-  void end_items(size_t level) {
-    if (style_.indent) break_line(level);
-  }
-  void break_line(size_t level) {
-    out_.add("\n");
-    out_.add(level, *style_.indent);
-  }
-
-  Builder& out_;
-  const JsonStyle& style_;
-  std::string item_separator_, key_separator_;
-};
-
-Value from_json_at(Runtime& runtime, const nlohmann::ordered_json& json, uint32_t depth) {
-  using Type = nlohmann::ordered_json::value_t;
-  if (depth > kMaxDepth) fail_on_depth(runtime);
-  switch (json.type()) {
-    case Type::boolean:
-      return json.get<bool>();
-    case Type::number_integer:
-      return Int{json.get<int64_t>()};
-    case Type::number_unsigned:
-      return Int{json.get<uint64_t>()};
-    case Type::number_float:
-      return json.get<double>();
-    case Type::string:
-      return runtime.text(repair_utf8(json.get_ref<const std::string&>()));
-    case Type::array: {
-      SequencePtr list = runtime.sequence();
-      list->items.reserve(json.size());
-      for (const auto& item : json) runtime.push(*list, from_json_at(runtime, item, depth + 1));
-      return list;
-    }
-    case Type::object: {
-      DictPtr dict = runtime.dict();
-      for (const auto& [key, item] : json.items()) {
-        Value value = from_json_at(runtime, item, depth + 1);
-        runtime.claim(dict->claim, 2 * sizeof(Value));
-        dict->depth = std::max(dict->depth, 1 + depth_of(value));
-        // Keys of JSON objects are unique already, so nothing is looked up.
-        dict->items.emplace_back(runtime.text(repair_utf8(key)), std::move(value));
-      }
-      return dict;
-    }
-    default:
-      return None{};
   }
 }
 
@@ -753,16 +602,6 @@ std::string repr_of(double v) {
     return sign + digits + std::string(static_cast<size_t>(exponent + 1 - count), '0') + ".0";
   return sign + digits.substr(0, static_cast<size_t>(exponent + 1)) + "." +
          digits.substr(static_cast<size_t>(exponent + 1));
-}
-
-std::string to_json(Runtime& runtime, const Value& v, const JsonStyle& style) {
-  Builder out(runtime);
-  JsonWriter(out, style).write(v, 0);
-  return out.take();
-}
-
-Value from_json(Runtime& runtime, const nlohmann::ordered_json& json) {
-  return from_json_at(runtime, json, 0);
 }
 
 bool is_iterable(const Value& v) {
