@@ -8,6 +8,23 @@
 #include <ctime>
 
 namespace moru {
+namespace {
+
+double process_seconds() {
+  timespec now{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+}  // namespace
+
+MachineTime::MachineTime(size_t threads) : threads_(threads), cpu_start_(process_seconds()) {}
+
+double MachineTime::seconds() const {
+  const double wall = wall_.seconds();
+  if (threads_ == 0) return wall;
+  return std::min(wall, (process_seconds() - cpu_start_) / static_cast<double>(threads_));
+}
 
 std::string format_duration(double seconds) {
   const auto s = static_cast<long>(std::llround(std::clamp(seconds, 0.0, 1e9)));

@@ -37,7 +37,8 @@ Answerer make_answerer(std::string name, std::string model_sha256, Engine& engin
   Answerer answerer{.name = std::move(name),
                     .model_sha256 = std::move(model_sha256),
                     .engine = std::string(name_of(engine.model().profile)) + " " +
-                              sha256(frame + "\n" + style.plain_template + "\n" + style.system)};
+                              sha256(frame + "\n" + style.plain_template + "\n" + style.system),
+                    .threads = engine.pool().size()};
   const auto generator = std::make_shared<Generator>(engine, files.tokenizer, answerer.batch);
   answerer.generate = [generator, &files, style](QuestionBatch questions,
                                                  const AnswerLimits& limits) {

@@ -189,7 +189,7 @@ ItemResult result_of(const Question& question, ChoiceReply reply, ChoiceScore sc
 std::vector<ItemResult> ask(QuestionBatch batch, const Answerer& model,
                             const ProveOptions& options) {
   std::vector<ItemResult> items;
-  const Stopwatch watch;
+  const MachineTime watch(model.threads);
   double seconds = 0;
   if (batch.front()->expected.check == Check::choice) {
     std::vector<ChoiceReply> replies = model.score(batch);
@@ -232,6 +232,7 @@ Results prove(const QuestionSet& questions, const Answerer& model, const ProveOp
   if (!options.results.empty())
     answered = resume(options.results, model.name, results.key, options.replace_other);
 
+  const Stopwatch watch;
   ProveProgress progress{.total = questions.items.size()};
   std::vector<const Question*> to_generate, to_score;
   for (const Question& question : questions.items) {
@@ -251,9 +252,9 @@ Results prove(const QuestionSet& questions, const Answerer& model, const ProveOp
         ++progress.done;
         progress.correct += item.correct;
         progress.tokens += item.tokens_in + item.tokens_out;
-        progress.seconds += item.seconds;
         answered.emplace(item.id, std::move(item));
       }
+      progress.seconds = watch.seconds();
       if (options.progress) options.progress(progress);
     }
   };

@@ -46,6 +46,7 @@ struct Answerer {
   std::string model_sha256;
   std::string engine;  // all else that decides answers: numeric profile, template's hash …
   size_t batch = 32;   // questions in one call
+  size_t threads = 0;  // that answer in this process; 0: the answers come from elsewhere
   std::function<std::vector<Reply>(QuestionBatch, const AnswerLimits&)> generate;
   std::function<std::vector<ChoiceReply>(QuestionBatch)> score;
 };
@@ -67,7 +68,7 @@ struct ItemResult {
   std::vector<double> logprobs = {};
   size_t tokens_in = 0, tokens_out = 0;
   bool cut = false;
-  double seconds = 0;  // its share of the wall time of its batch
+  double seconds = 0;  // its share of its batch's time of the machine (base/clock.h)
 };
 
 struct Results {
@@ -79,7 +80,7 @@ struct Results {
 struct ProveProgress {
   size_t done = 0, total = 0, correct = 0;
   size_t tokens = 0;   // in and out, of this run
-  double seconds = 0;  // of this run
+  double seconds = 0;  // wall time of this run
 };
 
 struct ProveOptions {
@@ -108,7 +109,7 @@ struct Tally {
   Interval interval;  // Wilson, 95 %
   size_t tokens_in = 0, tokens_out = 0;
   size_t cut = 0;      // answers that reached max_tokens
-  double seconds = 0;  // wall time of answering
+  double seconds = 0;  // of the machine, answering
 
   double accuracy() const;           // 0 if there are no questions, as are the rates
   double tokens_per_second() const;  // in and out
