@@ -260,7 +260,7 @@ size_t scan(const Run& run, std::string_view text) {
     at += c.bytes;
     ++count;
   }
-  return count < run.at_least ? 0 : at;
+  return at;
 }
 
 // The leftmost match of a scanner.
@@ -355,13 +355,6 @@ Matcher Matcher::of_text(std::string text) {
   Matcher matcher;
   matcher.name_ = fmt::format("\"{}\"", text);
   matcher.pattern_ = Literal{std::move(text)};
-  return matcher;
-}
-
-Matcher Matcher::of_class(std::string name, Run run) {
-  Matcher matcher;
-  matcher.name_ = std::move(name);
-  matcher.pattern_ = run;
   return matcher;
 }
 

@@ -46,7 +46,7 @@ struct WordShape {
 struct Run {
   uint16_t classes = 0;
   std::span<const std::pair<char32_t, char32_t>> ranges = {};  // or these code points
-  size_t at_least = 1, at_most = SIZE_MAX;
+  size_t at_most = SIZE_MAX;
 };
 
 struct Literal {
@@ -58,7 +58,6 @@ class Matcher {
   // A regular expression: a scanner if it is a known one, else PCRE2. Error: unsupported.
   static Matcher of_regex(const std::string& where, std::string_view pattern);
   static Matcher of_text(std::string text);
-  static Matcher of_class(std::string name, Run run);
 
   std::optional<Regex::Match> find(std::string_view text, size_t from) const;
   // Equal names match alike.

@@ -18,11 +18,12 @@ constexpr size_t kMaxPatternBytes = 64 << 10;
 constexpr uint32_t kMatchLimit = 2'000'000;
 constexpr size_t kHeapLimitKiB = 64 << 10;
 
-// Unicode's White_Space and word characters, as members of a PCRE2 class.
+// Oniguruma's white space and word characters, as members of a PCRE2 class. It takes the
+// superscripts and fractions of Latin-1 for word characters.
 constexpr std::string_view kSpaceMembers =
     R"(\x{9}-\x{d}\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})";
 constexpr std::string_view kWordMembers =
-    R"(\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\x{24b6}-\x{24e9}\x{1f130}-\x{1f149}\x{1f150}-\x{1f169}\x{1f170}-\x{1f189})";
+    R"(\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\x{b2}\x{b3}\x{b9}\x{bc}-\x{be}\x{24b6}-\x{24e9}\x{1f130}-\x{1f149}\x{1f150}-\x{1f169}\x{1f170}-\x{1f189})";
 
 // Property names that both engines know and mean alike.
 constexpr std::array<std::string_view, 45> kProperties = {

@@ -15,6 +15,8 @@ namespace {
 // Words are counted in 32 bits, and a normalizer may lengthen a text.
 constexpr size_t kMaxTextBytes = size_t{1} << 28;
 
+constexpr size_t kMaxKeptSymbols = size_t{1} << 18;
+
 // Control tokens that end an answer, as the families spell them.
 constexpr std::array<std::string_view, 22> kStopPieces = {"<|im_end|>",
                                                           "<|eot_id|>",
@@ -53,6 +55,8 @@ class Borrowed {
     if (!scratch_) scratch_ = std::make_unique<Bpe::Scratch>();
   }
   ~Borrowed() {
+    // What a giant text grew is not kept.
+    if (scratch_->symbols.capacity() > kMaxKeptSymbols) return;
     const std::lock_guard lock(data_.pool_mutex);
     data_.pool.push_back(std::move(scratch_));
   }
@@ -128,7 +132,11 @@ void Tokenizer::Data::finish() {
       one.push_back(static_cast<char>(byte_of_piece(spelled).value()));
     } else if (raw[i] != nullptr || !bytes) {
       one = raw[i] != nullptr ? *raw[i] : std::string(spelled);
-      for (const auto& [from, to] : decode_replacements) replace_all(one, from, to);
+      for (const auto& [from, to] : decode_replacements) {
+        replace_all(one, from, to);
+        if (one.size() > 4 * kMaxPieceBytes)
+          refuse("decoder", fmt::format("makes {} bytes of one token", one.size()));
+      }
     } else {
       const std::string_view whole = spelled;
       while (!spelled.empty()) {

@@ -31,6 +31,7 @@ enum class TokenType : uint8_t {
 constexpr size_t kMaxTokens = size_t{1} << 22;
 constexpr size_t kMaxMerges = size_t{1} << 24;
 constexpr size_t kMaxPieceBytes = size_t{1} << 16;
+constexpr size_t kMaxReplacementBytes = 64;  // so that no list of replacements can explode
 
 struct Tokenizer::Data {
   std::string where;  // the file, for errors

@@ -39,6 +39,9 @@ void read_pieces(const GgufMetadata& metadata, Tokenizer::Data& data, bool marks
       data.types[i] = types[i] == 0 ? TokenType::normal : static_cast<TokenType>(types[i]);
     }
     std::string piece = tokens[i];
+    // Files exist that call <|im_end|> user-defined; what a user types must not become it.
+    if (data.types[i] == TokenType::user_defined && looks_like_control(piece))
+      data.types[i] = TokenType::control;
     if (piece.size() > kMaxPieceBytes)
       data.refuse(fmt::format("{}[{}]", key_of("tokens"), i),
                   fmt::format("is {} bytes long", piece.size()), kConvertAgain);
@@ -294,7 +297,8 @@ std::vector<GgufPair> Tokenizer::gguf_metadata(size_t rows) const {
       pairs.push_back(text_pair("model", "gpt2"));
       pairs.push_back(text_pair("pre", std::string(pre->name)));
     } else {
-      // GGUF knows two ways: spaces become ▁, with or without one put first.
+      // GGUF knows two ways: spaces become ▁, with or without one put first. (Whether also after a
+      // control token, where files differ, it leaves to the reader: llama.cpp puts one there.)
       const std::string normalizes = d.normalizer.description();
       const std::string splits = d.pre_tokenizer.description();
       const bool replaces = normalizes == "replace \" \" by \"▁\";" ||

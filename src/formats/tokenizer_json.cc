@@ -267,7 +267,15 @@ Matcher read_pattern(const Fields& from, std::string_view key) {
   return Matcher::of_text(std::move(text));
 }
 
-// Calls `read(step, path)` for the object at `key` and, where it is a Sequence, for its members.
+// What text is replaced by, or prepended with.
+std::string read_replacement(const Fields& from, std::string_view key) {
+  std::string text = from.text(key);
+  if (text.size() > kMaxReplacementBytes)
+    from.data().refuse(from.path(key), fmt::format("is {} bytes long", text.size()), kDamaged);
+  return text;
+}
+
+// Calls `read(step)` for the object at `key` and, where it is a Sequence, for its members.
 template <typename Read>
 void for_each_step(const Fields& root, std::string_view key, std::string_view members,
                    Read&& read) {
@@ -301,10 +309,10 @@ void read_normalizer(const Fields& root, Normalizer& out) {
     } else if (type == "Replace") {
       s.kind = NormalizerStep::Kind::replace;
       s.matcher = read_pattern(step, "pattern");
-      s.text = step.text("content");
+      s.text = read_replacement(step, "content");
     } else if (type == "Prepend") {
       s.kind = NormalizerStep::Kind::prepend;
-      s.text = step.text("prepend");
+      s.text = read_replacement(step, "prepend");
     } else if (type == "Strip") {
       s.kind = NormalizerStep::Kind::strip;
       s.left = step.boolean("strip_left", true);
@@ -410,7 +418,7 @@ void read_decoder(const Fields& root, bool bytes, Tokenizer::Data& data) {
       const std::string from =
           pattern != nullptr ? Fields(data, *pattern, step.path("pattern")).text("String") : "";
       if (from.empty()) step.unsupported("pattern", "is not a string");
-      data.decode_replacements.emplace_back(from, step.text("content"));
+      data.decode_replacements.emplace_back(from, read_replacement(step, "content"));
     } else if (type == "ByteFallback") {
       fallback = true;
     } else if (type == "Metaspace") {

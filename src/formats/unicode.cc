@@ -2,6 +2,7 @@
 
 #include <utf8proc.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <memory>
@@ -27,6 +28,45 @@ bool is_letter_like_symbol(char32_t c) {
   return (c >= 0x24b6 && c <= 0x24e9) || (c >= 0x1f130 && c <= 0x1f149) ||
          (c >= 0x1f150 && c <= 0x1f169) || (c >= 0x1f170 && c <= 0x1f189);
 }
+
+// Characters of Unicode 15.1 and 16, which the tables of utf8proc 2.8 lack and those of
+// `tokenizers` have. With them the classes agree for every code point.
+constexpr uint16_t kLu = kLetter | kUpperLike | kWord, kLl = kLetter | kLowerLike | kWord,
+                   kLo = kLetter | kUpperLike | kLowerLike | kWord,
+                   kM = kMark | kUpperLike | kLowerLike | kWord, kNd = kNumber | kWord,
+                   kP = kPunctuation, kS = kSymbol;
+struct ClassRange {
+  char32_t first, last;
+  uint16_t bits;
+};
+// clang-format off
+constexpr ClassRange kNewCharacters[] = {
+    {0x897, 0x897, kM}, {0x1b4e, 0x1b4f, kP}, {0x1b7f, 0x1b7f, kP}, {0x1c89, 0x1c89, kLu},
+    {0x1c8a, 0x1c8a, kLl}, {0x2427, 0x2429, kS}, {0x2ffc, 0x2fff, kS}, {0x31e4, 0x31e5, kS},
+    {0x31ef, 0x31ef, kS}, {0xa7cb, 0xa7cc, kLu}, {0xa7cd, 0xa7cd, kLl}, {0xa7da, 0xa7da, kLu},
+    {0xa7db, 0xa7db, kLl}, {0xa7dc, 0xa7dc, kLu}, {0x105c0, 0x105f3, kLo},
+    {0x10d40, 0x10d49, kNd}, {0x10d4a, 0x10d4f, kLo}, {0x10d50, 0x10d65, kLu},
+    {0x10d69, 0x10d6d, kM}, {0x10d6e, 0x10d6e, kP}, {0x10d6f, 0x10d6f, kLo},
+    {0x10d70, 0x10d85, kLl}, {0x10d8e, 0x10d8f, kS}, {0x10ec2, 0x10ec4, kLo},
+    {0x10efc, 0x10efc, kM}, {0x11380, 0x11389, kLo}, {0x1138b, 0x1138b, kLo},
+    {0x1138e, 0x1138e, kLo}, {0x11390, 0x113b5, kLo}, {0x113b7, 0x113b7, kLo},
+    {0x113b8, 0x113c0, kM}, {0x113c2, 0x113c2, kM}, {0x113c5, 0x113c5, kM},
+    {0x113c7, 0x113ca, kM}, {0x113cc, 0x113d0, kM}, {0x113d1, 0x113d1, kLo},
+    {0x113d2, 0x113d2, kM}, {0x113d3, 0x113d3, kLo}, {0x113d4, 0x113d5, kP},
+    {0x113d7, 0x113d8, kP}, {0x113e1, 0x113e2, kM}, {0x116d0, 0x116e3, kNd},
+    {0x11bc0, 0x11be0, kLo}, {0x11be1, 0x11be1, kP}, {0x11bf0, 0x11bf9, kNd},
+    {0x11f5a, 0x11f5a, kM}, {0x13460, 0x143fa, kLo}, {0x16100, 0x1611d, kLo},
+    {0x1611e, 0x1612f, kM}, {0x16130, 0x16139, kNd}, {0x16d40, 0x16d6c, kLo},
+    {0x16d6d, 0x16d6f, kP}, {0x16d70, 0x16d79, kNd}, {0x18cff, 0x18cff, kLo},
+    {0x1cc00, 0x1ccef, kS}, {0x1ccf0, 0x1ccf9, kNd}, {0x1cd00, 0x1ceb3, kS},
+    {0x1e5d0, 0x1e5ed, kLo}, {0x1e5ee, 0x1e5ef, kM}, {0x1e5f0, 0x1e5f0, kLo},
+    {0x1e5f1, 0x1e5fa, kNd}, {0x1e5ff, 0x1e5ff, kP}, {0x1f8b2, 0x1f8bb, kS},
+    {0x1f8c0, 0x1f8c1, kS}, {0x1fa89, 0x1fa89, kS}, {0x1fa8f, 0x1fa8f, kS},
+    {0x1fabe, 0x1fabe, kS}, {0x1fac6, 0x1fac6, kS}, {0x1fadc, 0x1fadc, kS},
+    {0x1fadf, 0x1fadf, kS}, {0x1fae9, 0x1fae9, kS}, {0x1fbcb, 0x1fbef, kS},
+    {0x2ebf0, 0x2ee5d, kLo},
+};
+// clang-format on
 
 uint16_t compute_class(char32_t code) {
   unsigned bits = 0;
@@ -74,7 +114,7 @@ uint16_t compute_class(char32_t code) {
     default:
       break;
   }
-  if (is_letter_like_symbol(code)) bits |= kWord;
+  if (is_letter_like_symbol(code) || code == 0x200c || code == 0x200d) bits |= kWord;
   if (is_white_space(code)) bits |= kSpace;
   if (code == '\r' || code == '\n') bits |= kNewline;
   return static_cast<uint16_t>(bits);
@@ -86,7 +126,13 @@ class ClassTable {
   ClassTable() {
     std::array<uint16_t, 256> page;
     for (char32_t number = 0; number <= kLastCode >> 8; ++number) {
-      for (char32_t i = 0; i < 256; ++i) page[i] = compute_class(number << 8 | i);
+      const char32_t first = number << 8, last = first | 255;
+      // Planes 4 to 13, 15 and 16 are unassigned or for private use.
+      const bool bare = (first >= 0x40000 && first < 0xe0000) || first >= 0xf0000;
+      for (char32_t i = 0; i < 256; ++i) page[i] = bare ? uint16_t{0} : compute_class(first | i);
+      for (const ClassRange& range : kNewCharacters)
+        for (char32_t c = std::max(first, range.first); c <= std::min(last, range.last); ++c)
+          if (page[c & 255] == 0) page[c & 255] = range.bits;
       size_t same = 0;
       // Only the newest pages are compared: equal ones stand together (CJK, Hangul, unassigned).
       const size_t oldest = pages_.size() > 4 ? pages_.size() - 4 : 0;

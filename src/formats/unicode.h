@@ -19,7 +19,7 @@ enum CharClass : uint16_t {
   kPunctuation = 1 << 6,  // \p{P}
   kSymbol = 1 << 7,       // \p{S}
   kNewline = 1 << 8,      // \r and \n
-  kWord = 1 << 9,         // \w: letters, marks, decimal and letter numbers, connectors
+  kWord = 1 << 9,         // \w: letters, marks, decimal and letter numbers, connectors, joiners
 };
 
 // A character of text known to be valid UTF-8, where base/text.h's code_point_at need not look

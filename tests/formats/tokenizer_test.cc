@@ -186,6 +186,11 @@ TEST_CASE("what a user typed never becomes a control token") {
   CHECK(t.is_control(272));
   CHECK_FALSE(t.is_control(273));
 
+  // Nor does one that its file calls user-defined.
+  GgufMetadata lax = tiny_bytes_gguf("gpt-2");
+  lax.set("tokenizer.ggml.token_type", GgufArray{5, std::vector<int32_t>(274, 4)});
+  CHECK(Tokenizer::from_gguf(lax).encode("<|im_end|>", Tokenizer::Specials::literal) != Ids{272});
+
   // Not even where the whole word is looked up, or where scores would merge up to it.
   Json json = tiny_bytes();
   json["model"]["ignore_merges"] = true;
@@ -278,6 +283,21 @@ TEST_CASE("the hand-written scanners cut as PCRE2 does by the same patterns") {
       }
     }
   }
+}
+
+TEST_CASE("characters have the classes that patterns name, also those of Unicode 16") {
+  CHECK(class_of(U'가') == (kLetter | kUpperLike | kLowerLike | kWord));
+  CHECK(class_of(U'\u0301') == (kMark | kUpperLike | kLowerLike | kWord));
+  CHECK(class_of(U'½') == kNumber);
+  CHECK(class_of(U'\u3000') == kSpace);
+  CHECK(class_of(U'\u180e') == 0);  // a space once, for PCRE2 still
+  CHECK(class_of(U'\n') == (kSpace | kNewline));
+  CHECK(class_of(U'_') == (kPunctuation | kWord));
+  CHECK(class_of(U'₩') == kSymbol);
+  CHECK(class_of(0x1c89) == (kLetter | kUpperLike | kWord));  // Cyrillic Tje, 2024
+  CHECK(class_of(0x2ebf0) == (kLetter | kUpperLike | kLowerLike | kWord));
+  CHECK(class_of(0x0378) == 0);
+  CHECK(class_of(0x110000) == 0);
 }
 
 TEST_CASE("splits keep, drop and join matches as their behaviour says") {
@@ -577,6 +597,9 @@ TEST_CASE("a tokenizer.json that contradicts itself is refused, naming the field
       {"/added_tokens/0/lstrip", 1, "added_tokens[0].lstrip"},
       {"/added_tokens", 1, "tokenizer.json.added_tokens"},
       {"/normalizer/type", "Precompiled", "normalizer.type"},
+      {"/normalizer",
+       {{"type", "Replace"}, {"pattern", {{"String", "a"}}}, {"content", std::string(65, 'a')}},
+       "normalizer.content"},
       {"/pre_tokenizer/pretokenizers/0/type", "Bert", "pre_tokenizer.pretokenizers[0].type"},
       {"/pre_tokenizer", {{"type", "Metaspace"}}, "decoder"},
       {"/decoder", {{"type", "CTC"}}, "decoder.type"},
