@@ -12,15 +12,15 @@
 #include <string_view>
 #include <vector>
 
+#include "base/cpu.h"
 #include "base/random.h"
 #include "engine/attention.h"
+#include "engine/machine.h"
 #include "engine/row_ops.h"
-#include "limits.h"
 
 namespace {
 
 using namespace moru;
-using bench::best_seconds;
 
 struct Model {
   const char* name;
@@ -58,11 +58,7 @@ double operations(const AttentionShape& s, double keys) {
   return 4 * keys * static_cast<double>(s.heads * s.head_dim);
 }
 
-struct Limits {
-  double bandwidth, fma;
-};
-
-void prefill(Pool& pool, const Limits& limits, const std::vector<Model>& models) {
+void prefill(Pool& pool, const MachineRates& limits, const std::vector<Model>& models) {
   fmt::print("\nprefill, 512 tokens          context       ms  GFLOP/s  of fma\n");
   for (const Model& m : models) {
     const AttentionShape s = shape_of(m);
@@ -84,13 +80,13 @@ void prefill(Pool& pool, const Limits& limits, const std::vector<Model>& models)
       const double keys = static_cast<double>(context - tokens) + (tokens + 1) / 2.0;
       const double rate = operations(s, keys * tokens) / seconds;
       fmt::print("{:28} {:>7} {:>8.2f} {:>8.1f} {:>6.0f}%\n", m.name, context, seconds * 1e3,
-                 rate / 1e9, 100 * rate / limits.fma);
+                 rate / 1e9, 100 * rate / limits.f32);
     }
   }
 }
 
 // As many layers as make the cache larger than the processor's own memory.
-void decode(Pool& pool, const Limits& limits, const std::vector<Model>& models) {
+void decode(Pool& pool, const MachineRates& limits, const std::vector<Model>& models) {
   fmt::print("\ndecode              sequences  context       µs     GB/s  of bw  of fma\n");
   for (const Model& m : models) {
     const AttentionShape s = shape_of(m);
@@ -123,12 +119,12 @@ void decode(Pool& pool, const Limits& limits, const std::vector<Model>& models) 
           operations(s, static_cast<double>(sequences * context * layers)) / seconds;
       fmt::print("{:20} {:>8} {:>8} {:>8.1f} {:>8.1f} {:>5.0f}% {:>5.0f}%\n", m.name, sequences,
                  context, seconds / static_cast<double>(layers) * 1e6, rate / 1e9,
-                 100 * rate / limits.bandwidth, 100 * flops / limits.fma);
+                 100 * rate / limits.read, 100 * flops / limits.f32);
     }
   }
 }
 
-void training(Pool& pool, const Limits& limits, const std::vector<Model>& models) {
+void training(Pool& pool, const MachineRates& limits, const std::vector<Model>& models) {
   fmt::print("\ntraining              documents   forward ms  of fma  backward ms  of fma\n");
   for (const Model& m : models) {
     const AttentionShape s = shape_of(m);
@@ -152,18 +148,18 @@ void training(Pool& pool, const Limits& limits, const std::vector<Model>& models
       });
       const double work = operations(s, static_cast<double>(documents * length * (length + 1)) / 2);
       fmt::print("{:20} {:>5} x {:<4} {:>10.2f} {:>6.0f}% {:>12.2f} {:>6.0f}%\n", m.name, documents,
-                 length, forward * 1e3, 100 * work / forward / limits.fma, backward * 1e3,
-                 250 * work / backward / limits.fma);
+                 length, forward * 1e3, 100 * work / forward / limits.f32, backward * 1e3,
+                 250 * work / backward / limits.f32);
     }
   }
 }
 
-void rows(Pool& pool, const Limits& limits) {
+void rows(Pool& pool, const MachineRates& limits) {
   fmt::print("\nrows                                  µs     GB/s  of read bw\n");
   const auto print = [&](const char* name, double seconds, size_t bytes) {
     const double rate = static_cast<double>(bytes) / seconds;
     fmt::print("{:30} {:>9.1f} {:>8.1f} {:>6.0f}%\n", name, seconds * 1e6, rate / 1e9,
-               100 * rate / limits.bandwidth);
+               100 * rate / limits.read);
   };
   const size_t m = 2048, n = 1536, all = m * n;
   const std::vector<float> x = normals(all), w = normals(n);
@@ -239,9 +235,9 @@ int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   Pool pool(usable_threads());
   const std::vector<Model> models = asked_models(argc, argv);
-  const Limits limits{bench::read_bandwidth(pool), bench::fma_rate(pool)};
+  const MachineRates limits = measure_machine(pool);
   fmt::print("{}\nread bandwidth {:.1f} GB/s, f32 multiply-adds {:.0f} GFLOP/s\n", machine_name(),
-             limits.bandwidth / 1e9, limits.fma / 1e9);
+             limits.read / 1e9, limits.f32 / 1e9);
   bool all = true;
   const auto asked = [&](std::string_view name) {
     const bool named = std::find(argv + 1, argv + argc, name) != argv + argc;

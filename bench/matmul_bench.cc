@@ -3,24 +3,21 @@
 //
 //   matmul_bench [types, as Q4_K,Q8_0] [counts of tokens, as 1,4,512]
 #include <fmt/format.h>
-#include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
-#include "base/clock.h"
 #include "base/cpu.h"
 #include "base/half.h"
-#include "base/memory.h"
 #include "base/random.h"
 #include "base/threads.h"
+#include "engine/machine.h"
 #include "engine/quant_matrix.h"
 #include "formats/dtype.h"
 
@@ -29,81 +26,6 @@ namespace {
 using namespace moru;
 
 constexpr size_t kBytes = 384 << 20;  // of a working set: well past any last-level cache
-
-// The shortest of several runs, in seconds.
-double best_seconds(double total, const std::function<void()>& run) {
-  run();
-  double best = 1e9;
-  const Stopwatch whole;
-  do {
-    const Stopwatch one;
-    run();
-    best = std::min(best, one.seconds());
-  } while (whole.seconds() < total);
-  return best;
-}
-
-double read_bandwidth(Pool& pool) {
-  PageBuffer memory(kBytes);
-  std::memset(memory.data(), 1, kBytes);
-  std::vector<int> sums(pool.size() * 16);
-  constexpr size_t kTask = 1 << 20;
-  const double seconds = best_seconds(1, [&] {
-    pool.each(pool.size(), [&](size_t thread) {
-      const size_t tasks = kBytes / kTask;
-      const size_t begin = tasks * thread / pool.size(), end = tasks * (thread + 1) / pool.size();
-      const auto* at = static_cast<const __m128i*>(memory.data()) + begin * kTask / 16;
-      const auto* stop = static_cast<const __m128i*>(memory.data()) + end * kTask / 16;
-      __m128i sum[4] = {};
-      for (; at != stop; at += 16)
-        for (int i = 0; i < 16; ++i) sum[i % 4] = _mm_add_epi32(sum[i % 4], _mm_load_si128(at + i));
-      sums[thread * 16] = _mm_cvtsi128_si32(
-          _mm_add_epi32(_mm_add_epi32(sum[0], sum[1]), _mm_add_epi32(sum[2], sum[3])));
-    });
-  });
-  return static_cast<double>(kBytes) / seconds;
-}
-
-// GCC 12 takes the undefined vectors inside its own intrinsics for a mistake of ours.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-constexpr size_t kSteps = 4'000'000;
-__attribute__((target("avx512f,avx512vnni"))) int dots_avx512() {
-  __m512i sum[12], w = _mm512_set1_epi16(3);
-  for (__m512i& s : sum) s = _mm512_setzero_si512();
-  for (size_t i = 0; i < kSteps; ++i) {
-#pragma GCC unroll 12
-    for (int j = 0; j < 12; ++j) sum[j] = _mm512_dpwssd_epi32(sum[j], w, w);
-    asm volatile("" : "+v"(w));
-  }
-  int out = 0;
-  for (const __m512i& s : sum) out += _mm_cvtsi128_si32(_mm512_castsi512_si128(s));
-  return out;
-}
-__attribute__((target("avx2"))) int dots_avx2() {
-  __m256i sum[12], w = _mm256_set1_epi16(3);
-  for (__m256i& s : sum) s = _mm256_setzero_si256();
-  for (size_t i = 0; i < kSteps; ++i) {
-#pragma GCC unroll 12
-    for (int j = 0; j < 12; ++j) {
-      sum[j] = _mm256_add_epi32(sum[j], _mm256_madd_epi16(w, w));
-      asm volatile("" : "+x"(w));
-    }
-  }
-  int out = 0;
-  for (const __m256i& s : sum) out += _mm_cvtsi128_si32(_mm256_castsi256_si128(s));
-  return out;
-}
-
-double int16_rate(Pool& pool) {  // operations, two a multiply-add, a second
-  const bool wide = isa() == Isa::avx512;
-  if (isa() == Isa::scalar) return 0;
-  std::vector<int> sink(pool.size() * 16);
-  const double seconds = best_seconds(0.5, [&] {
-    pool.each(pool.size(),
-              [&](size_t thread) { sink[thread * 16] = wide ? dots_avx512() : dots_avx2(); });
-  });
-  return static_cast<double>(pool.size() * kSteps) * 12 * (wide ? 64 : 32) / seconds;
-}
 
 std::vector<std::byte> random_blocks(DType type, size_t count) {
   std::vector<std::byte> data(bytes_of(type, count));
@@ -152,17 +74,33 @@ int main(int argc, char** argv) {
   const std::vector<std::string> types = split(
       argc > 1 ? argv[1] : "Q4_0,Q4_1,Q5_0,Q5_1,Q8_0,Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,IQ4_NL,IQ4_XS,MXFP4");
   const std::vector<std::string> counts = split(argc > 2 ? argv[2] : "1,2,4,8,16,32,512");
-  const double bandwidth = read_bandwidth(pool), peak = int16_rate(pool);
+  const MachineRates rates = measure_machine(pool);
+  const double bandwidth = rates.read, peak = rates.int16;
   fmt::print("{}\nread bandwidth {:.1f} GB/s, int16 dots {:.0f} GOP/s\n", machine_name(),
              bandwidth / 1e9, peak / 1e9);
+  {
+    std::vector<float> x(size_t{512} * 576, 0.5f);
+    QuantizedRows rows;
+    const double quantize =
+        best_seconds(0.1, [&] { quantize_rows(pool, x.data(), 576, 512, 576, rows); });
+    fmt::print("quantize 512 x 576: {:.1f} µs\npack, GB/s of the file:", quantize * 1e6);
+    for (const std::string& name : types) {
+      const std::optional<DType> type = dtype_from_name(name);
+      if (!type || !is_quantized(*type)) {
+        fmt::print("{}: not a quantized type\n", name);
+        return 2;
+      }
+      const std::vector<std::byte> data = random_blocks(*type, size_t{4096} * 1536);
+      const double pack =
+          best_seconds(0.1, [&] { QuantMatrix::pack(pool, *type, 4096, 1536, data); });
+      fmt::print(" {} {:.1f}", name, static_cast<double>(data.size()) / pack / 1e9);
+    }
+    fmt::print("\n");
+  }
   fmt::print("{:8} {:>14} {:>5} {:>9} {:>8} {:>6} {:>8} {:>6}\n", "type", "rows x cols", "m", "µs",
              "GB/s", "of bw", "GOP/s", "of int16");
   for (const std::string& name : types) {
     const std::optional<DType> type = dtype_from_name(name);
-    if (!type || !is_quantized(*type)) {
-      fmt::print("{}: not a quantized type\n", name);
-      return 2;
-    }
     const bool k_quant = traits(*type).block == 256;
     const Shape small = k_quant ? Shape{576, 1536} : Shape{1536, 576};
     for (const Shape shape : {small, Shape{49152, k_quant ? size_t{768} : size_t{576}}}) {
@@ -188,11 +126,10 @@ int main(int argc, char** argv) {
                    100 * bytes / bandwidth, operations / 1e9, 100 * operations / peak);
       }
     }
-    QuantizedRows rows;
-    std::vector<float> x(size_t{512} * 576, 0.5f);
-    const double each =
-        best_seconds(0.05, [&] { quantize_rows(pool, x.data(), 576, 512, 576, rows); });
-    if (name == types.front()) fmt::print("quantize 512 x 576: {:.1f} µs\n", each * 1e6);
   }
+  // A run that something else disturbed shows here.
+  const MachineRates again = measure_machine(pool);
+  fmt::print("again: read bandwidth {:.1f} GB/s, int16 dots {:.0f} GOP/s\n", again.read / 1e9,
+             again.int16 / 1e9);
   return 0;
 }

@@ -10,6 +10,7 @@ void Operand::reserve(size_t m, size_t k) {
   quantized_.resize(m, k);
   bf16_.reserve(m * k);
   quant_products_.reserve(4);
+  few_rows_products_.reserve(4);
 }
 
 void Operand::set(const float* x, size_t m, size_t k) {
@@ -20,7 +21,9 @@ void Operand::set(const float* x, size_t m, size_t k) {
 }
 
 void Operand::multiply(Pool& pool, std::initializer_list<LinearProduct> products) {
+  if (m_ == 0) return;
   quant_products_.clear();
+  few_rows_products_.clear();
   for (const LinearProduct& p : products) {
     if (const QuantMatrix* w = p.w->quantized()) {
       quant_products_.push_back({.w = w, .y = p.y, .ldy = p.ldy, .store = p.store});
@@ -39,9 +42,16 @@ void Operand::multiply(Pool& pool, std::initializer_list<LinearProduct> products
       round_to_bf16(pool, x_, m_ * k_, bf16_.data());
       bf16_ready_ = true;
     }
+    if (m_ <= kFewRows) {
+      few_rows_products_.push_back(
+          {.w = w->bf16(), .rows = w->rows, .y = p.y, .ldy = p.ldy, .add = p.store == Store::add});
+      continue;
+    }
     matmul_nt(pool, DenseView::bf16(bf16_.data(), m_, k_),
               DenseView::bf16(w->bf16(), w->rows, w->cols), target);
   }
+  if (!few_rows_products_.empty())
+    multiply_few_rows(pool, bf16_.data(), m_, k_, few_rows_products_);
   if (quant_products_.empty()) return;
   if (!quantized_ready_) {
     quantize_rows(pool, x_, k_, m_, k_, quantized_);

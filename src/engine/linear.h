@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/threads.h"
+#include "engine/few_rows.h"
 #include "engine/model.h"
 #include "engine/quant_matrix.h"
 
@@ -37,6 +38,7 @@ class Operand {
   QuantizedRows quantized_;
   std::vector<uint16_t> bf16_;
   std::vector<QuantProduct> quant_products_;
+  std::vector<FewRowsProduct> few_rows_products_;
 };
 
 }  // namespace moru
