@@ -12,7 +12,7 @@ namespace moru {
 namespace {
 
 constexpr double kSignificance = 0.05;
-constexpr double kCostTie = 1.02;
+constexpr double kCostTie = 1.1;
 
 void check_share(const char* flag, const std::optional<double>& share, const char* example) {
   if (!share || (*share > 0 && *share < 1)) return;

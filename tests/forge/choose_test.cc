@@ -95,13 +95,13 @@ TEST_CASE("verdicts say what was missed") {
         std::string::npos);
 }
 
-TEST_CASE("costs within two per cent are a tie that quality, then size, then order decide") {
+TEST_CASE("costs within a tenth are a tie that quality, then size, then order decide") {
   Field field;
   field.add("first", 1000, 900, 0.00100, 200);
-  field.add("better", 1000, 903, 0.00101, 300);
-  field.add("dear", 1000, 950, 0.00103, 100);
+  field.add("better", 1000, 903, 0.00108, 300);
+  field.add("dear", 1000, 950, 0.00111, 100);
   CHECK(field.chosen({.at_least = 0.85}) == "better");
-  field.add("smaller", 1000, 903, 0.001015, 250);
+  field.add("smaller", 1000, 903, 0.00109, 250);
   CHECK(field.chosen({.at_least = 0.85}) == "smaller");
   field.add("twin", 1000, 903, 0.00100, 250);
   CHECK(field.chosen({.at_least = 0.85}) == "smaller");
