@@ -103,7 +103,8 @@ Work work_of(const Model& model) {
 double least_seconds(const Model& model, const Work& work, const MachineRates& rates, double tokens,
                      double sequences, double context, double logits) {
   const Config& c = model.config;
-  const double products = model.profile == Profile::exact  ? rates.int16
+  const double products = model.profile == Profile::exact
+                              ? (model.activations == Activations::int8 ? rates.int8 : rates.int16)
                           : model.profile == Profile::bf16 ? std::max(rates.bf16, rates.f32)
                                                            : rates.f32;
   const double keys = context + (tokens / sequences + 1) / 2;

@@ -9,7 +9,7 @@
 namespace moru {
 
 struct ModelFlags {
-  std::string path, precision = "auto";
+  std::string path, precision = "auto", activations = "int16";
   size_t threads = 0, context = 0;
 
   void add_to(CLI::App& cmd) {
@@ -20,6 +20,10 @@ struct ModelFlags {
     cmd.add_option("--precision", precision,
                    "exact (quantized weights as stored), bf16 or f32; auto: by the file")
         ->check(CLI::IsMember({"auto", "exact", "bf16", "f32"}))
+        ->capture_default_str();
+    cmd.add_option("--activations", activations,
+                   "of quantized models: int16 (as good as f32) or int8 (faster, less exact)")
+        ->check(CLI::IsMember({"int16", "int8"}))
         ->capture_default_str();
     cmd.add_option("--threads", threads, "0: all that this process may use")
         ->check(CLI::Range(0, 1024))
@@ -32,6 +36,7 @@ struct ModelFlags {
   size_t pool_size() const { return threads != 0 ? threads : usable_threads(); }
   LoadOptions load_options() const {
     LoadOptions options{.context = context};
+    if (activations == "int8") options.activations = Activations::int8;
     if (precision == "exact") options.profile = Profile::exact;
     if (precision == "bf16") options.profile = Profile::bf16;
     if (precision == "f32") options.profile = Profile::f32;

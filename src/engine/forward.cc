@@ -62,7 +62,8 @@ struct Engine::State {
         gate(step_tokens, the_model.config.ffn_width),
         up(step_tokens, the_model.config.ffn_width),
         hidden(step_tokens, the_model.config.ffn_width),
-        logits(kLogitRows, the_model.config.vocab) {
+        logits(kLogitRows, the_model.config.vocab),
+        operand(the_model.activations) {
     const Config& c = model.config;
     operand.reserve(step_tokens, std::max({c.width, c.q_width(), c.ffn_width}));
     positions.reserve(step_tokens);

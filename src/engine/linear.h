@@ -24,6 +24,8 @@ struct LinearProduct {
 // from call to call.
 class Operand {
  public:
+  // How quantized weights see the rows.
+  explicit Operand(Activations activations = Activations::int16) : quantized_(activations) {}
   // Room for `m` rows of `k`, so that later calls allocate nothing.
   void reserve(size_t m, size_t k);
   // x: [m, k]; must stay until the products are done.

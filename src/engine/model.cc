@@ -205,6 +205,7 @@ Model load_model(Pool& pool, const ModelFiles& files, const LoadOptions& options
   const Loader load{pool, files, options.profile.value_or(default_profile(files))};
   Model model{.config = c,
               .profile = load.profile,
+              .activations = options.activations,
               .embedding = load.matrix("token_embd.weight", c.vocab, c.width)};
   model.layers.reserve(c.layers);
   for (size_t i = 0; i < c.layers; ++i) model.layers.push_back(load.layer(i));

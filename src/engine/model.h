@@ -68,7 +68,8 @@ struct RopeTables {
 struct Model {
   Config config;
   Profile profile;
-  Matrix embedding;  // [vocab, width]
+  Activations activations;  // of the exact profile
+  Matrix embedding;         // [vocab, width]
   std::vector<Layer> layers;
   Vector final_norm;
   Matrix head;  // [vocab, width]; empty: tied to the embedding
@@ -84,6 +85,7 @@ struct Model {
 struct LoadOptions {
   // The default: exact for quantized files, bf16 for BF16 and F16, f32 for F32.
   std::optional<Profile> profile;
+  Activations activations = Activations::int16;
   size_t context =
       0;  // positions to prepare for; 0: what the model was trained for, at most 32,768
 };

@@ -46,6 +46,12 @@
 //   acc  = fma(float(dot), scale_b, acc)      scale_b = d or d · sub-scale, exact in f32
 //   acc  = fma(min_b, float(Σ token codes), acc)   formats with a minimum; min_b = m or −dmin · min
 //   y    = acc · token scale, or fma(acc, token scale, y)
+//
+// With activations of 8 bits a token has a scale for every 32 columns, unit_scale, and
+//
+//   acc  = fma(float(dot), scale_b · unit_scale, acc)          the product of scales rounded
+//   acc  = fma(min_b, float(Σ token codes) · unit_scale, acc)  likewise
+//   y    = acc, or y + acc
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -99,17 +105,20 @@ struct Panels {
 
 // The largest code of an activation: the largest number whose two balanced digits fit int8.
 inline constexpr int kMaxCode = 127 * 256 + 127;
+inline constexpr float kMaxCode8 = 127;  // of 8 bits
 
 // Rows of activations.
 struct Tokens {
   const int16_t* codes;  // [count, stride]
   size_t stride;
-  // [count, 2 stride] code = 256 · high + low: each quad's four high digits, then its low ones, in
-  // a word's order. Only `direct` reads them.
+  // 16 bits: [count, 2 stride] code = 256 · high + low: each quad's four high digits, then its low
+  // ones, in a word's order; only `direct` reads them. 8 bits: [count, stride] codes in that order.
   const int8_t* digits;
   const int32_t* sums;  // [count, sums_stride] of codes, by the format's block of 16 or 32 columns
   size_t sums_stride;
-  const float* scales;  // [count]
+  const float* scales;       // 16 bits: [count]; 8 bits: [count, unit_stride], each of 32 columns
+  size_t unit_stride;        // 8 bits only
+  const float* scaled_sums;  // 8 bits only: [count, sums_stride] sum · scale
   size_t count;
 };
 
@@ -121,7 +130,8 @@ struct Target {
 };
 
 // A stripe unpacked to int16: codes [pairs][lanes][2] and scales, minimums [blocks][lanes], where
-// `lanes` is 32 for the two panels of a stripe, the second one's data beginning at lane 16.
+// `lanes` is 32 for the two panels of a stripe, the second one's data beginning at lane 16. For
+// activations of 8 bits a level may store bytes there instead: [quads][lanes][4], weight + 128.
 struct Stripe {
   int16_t* codes;
   float* scales;
@@ -129,20 +139,34 @@ struct Stripe {
   size_t lanes;
 };
 
+// Multiplies packed panels with up to kDirectTokens tokens.
+using DirectKernel = void (*)(const Panels& w, const Tokens& x, const Target& y) noexcept;
+// Unpacks one panel into 16 lanes.
+using UnpackKernel = void (*)(const uint8_t* scales, const uint8_t* codes, size_t units,
+                              const Stripe& out) noexcept;
+// Multiplies a stripe of 32 lanes, `rows` ≤ 32 of them wanted, with any number of tokens.
+using StripeKernel = void (*)(const Stripe& w, size_t cols, size_t rows, const Tokens& x,
+                              const Target& y) noexcept;
+
+// The names that end in 8 take activations of 8 bits.
 struct FormatKernels {
-  // Multiplies packed panels with up to kDirectTokens tokens.
-  void (*direct)(const Panels& w, const Tokens& x, const Target& y) noexcept;
-  // Unpacks one panel into 16 lanes.
-  void (*unpack)(const uint8_t* scales, const uint8_t* codes, size_t units,
-                 const Stripe& out) noexcept;
+  DirectKernel direct, direct8;
+  UnpackKernel unpack, unpack8;
+};
+
+// What a row of 8 bits consists of, as in Tokens; the sums by 16 and by 32 columns.
+struct Row8 {
+  int16_t* codes;
+  int8_t* digits;
+  float* scales;
+  int32_t *sums16, *sums32;
+  float *scaled16, *scaled32;
 };
 
 struct QuantKernels {
   FormatKernels formats[kPanelFormats];
-  // Multiplies a stripe of 32 lanes, `rows` ≤ 32 of them wanted, with any number of tokens.
   // Indexed by whether the block is 16 and whether there are minimums.
-  void (*stripe[2][2])(const Stripe& w, size_t cols, size_t rows, const Tokens& x,
-                       const Target& y) noexcept;
+  StripeKernel stripe[2][2], stripe8[2][2];
   // f32 values of `count` rows from `first` of a panel unpacked into 16 lanes: out[i · ld + column]
   // = scale · code (+ min, where mins is not null), each operation rounded.
   void (*dequantize)(const Stripe& w, size_t cols, size_t block, size_t first, size_t count,
@@ -151,6 +175,9 @@ struct QuantKernels {
   // QuantizedRows::set_row says. digits may be null.
   float (*quantize)(const float* x, size_t k, int16_t* codes, int8_t* digits, int32_t* sums16,
                     int32_t* sums32) noexcept;
+  // The same at 8 bits: codes or digits, whichever this level's kernels read, may be null.
+  void (*quantize8)(const float* x, size_t k, const Row8& out) noexcept;
+  bool codes8;  // the kernels for 8 bits read codes, not digits
 };
 
 const QuantKernels& quant_kernels_scalar() noexcept;

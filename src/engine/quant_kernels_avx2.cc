@@ -299,7 +299,13 @@ MORU_INLINE Half first_rows(size_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
+// `scaled`: by the token's scales already, as sums of 8-bit activations are.
+template <bool scaled>
 MORU_INLINE void store(float* y, Half rows, bool add, __m256 acc, float scale) {
+  if constexpr (scaled) {
+    _mm256_maskstore_ps(y, rows, add ? _mm256_add_ps(_mm256_maskload_ps(y, rows), acc) : acc);
+    return;
+  }
   const __m256 s = _mm256_set1_ps(scale);
   const __m256 out =
       add ? _mm256_fmadd_ps(acc, s, _mm256_maskload_ps(y, rows)) : _mm256_mul_ps(acc, s);
@@ -325,18 +331,33 @@ MORU_INLINE void add_quads(const uint8_t* unit, const int16_t* x, size_t stride,
   }
 }
 
-template <typename C, typename S, int kTokens>
-MORU_INLINE void end_block(Half (&dots)[kTokens], __m256 scale, __m256 min, const int32_t* sums,
-                           size_t sums_stride, __m256* acc) {
+// Where a token's numbers of the block at hand stand.
+struct BlockOf {
+  const int32_t* sums;
+  const float *scales, *scaled_sums;  // 8 bits only
+};
+
+// k8: activations have 8 bits. They come as int16 all the same: vpmaddubsw, with codes of eight
+// bits, would need as many instructions for the signs as widening does.
+template <typename C, typename S, bool k8, int kTokens>
+MORU_INLINE void end_block(Half (&dots)[kTokens], __m256 scale, __m256 min, const BlockOf& block,
+                           const Tokens& tokens, __m256* acc) {
 #pragma GCC unroll 4
   for (int t = 0; t < kTokens; ++t) {
-    const int32_t* sum = sums + static_cast<size_t>(t) * sums_stride;
+    const size_t sum = static_cast<size_t>(t) * tokens.sums_stride;
     Half dot = dots[t];
     if constexpr (C::kOffsetBits != kNoOffset)
-      dot = _mm256_sub_epi32(dot, _mm256_slli_epi32(broadcast(sum), C::kOffsetBits));
-    acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, acc[t]);
+      dot = _mm256_sub_epi32(dot, _mm256_slli_epi32(broadcast(block.sums + sum), C::kOffsetBits));
+    __m256 scales = scale;
+    if constexpr (k8)
+      scales = _mm256_mul_ps(
+          scale, _mm256_set1_ps(block.scales[static_cast<size_t>(t) * tokens.unit_stride]));
+    acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scales, acc[t]);
     if constexpr (S::kMin)
-      acc[t] = _mm256_fmadd_ps(min, _mm256_cvtepi32_ps(broadcast(sum)), acc[t]);
+      acc[t] = _mm256_fmadd_ps(min,
+                               k8 ? _mm256_set1_ps(block.scaled_sums[sum])
+                                  : _mm256_cvtepi32_ps(broadcast(block.sums + sum)),
+                               acc[t]);
     dots[t] = _mm256_setzero_si256();
   }
 }
@@ -344,16 +365,16 @@ MORU_INLINE void end_block(Half (&dots)[kTokens], __m256 scale, __m256 min, cons
 // How far ahead of the codes to prefetch; the AVX-512 kernels say why.
 constexpr size_t kAheadBytes = 12 << 10;
 
-template <typename C, typename S, int kTokens>
+template <typename C, typename S, bool k8, int kTokens>
 void direct_tokens(const Panels& panels, const Tokens& tokens, const Target& y) noexcept {
   constexpr size_t kUnits = S::kBlock * S::kBlocks / kUnitCols;  // of a scale record
   constexpr size_t kEach = kUnitCols / S::kBlock;                // blocks of a unit
-  const size_t stride = tokens.stride, sums_stride = tokens.sums_stride;
+  const size_t stride = tokens.stride;
   for (size_t row = 0; row < panels.rows; row += kPanelRows) {
     const uint8_t* record = panels.data + row / kPanelRows * panels.panel_bytes;
     const uint8_t* unit = record + panels.codes_at;
     const uint8_t* ahead = record + kAheadBytes;
-    const int32_t* sums = tokens.sums;
+    BlockOf block{tokens.sums, tokens.scales, tokens.scaled_sums};
     const int16_t* x = tokens.codes;
     __m256 acc[2][kTokens];
     Half dots[kTokens];
@@ -365,7 +386,7 @@ void direct_tokens(const Panels& panels, const Tokens& tokens, const Target& y) 
       __m256 scale[2][S::kBlocks], min[2][S::kBlocks];
       for (size_t h = 0; h < 2; ++h) S::decode(record, h, scale[h], min[h]);
 #pragma GCC unroll 1
-      for (size_t u = 0; u < kUnits; ++u, unit += C::kUnitBytes, x += kUnitCols, sums += kEach) {
+      for (size_t u = 0; u < kUnits; ++u, unit += C::kUnitBytes, x += kUnitCols) {
         constexpr size_t kShare = C::kUnitBytes + S::kBytes / kUnits;
         for (size_t line = 0; line < kShare; line += 64)
           _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T1);
@@ -375,23 +396,30 @@ void direct_tokens(const Panels& panels, const Tokens& tokens, const Target& y) 
         for (size_t h = 0; h < 2; ++h) {
           add_quads<C, 0>(unit + 32 * h, x, stride, dots);
           if constexpr (S::kBlock == 16)
-            end_block<C, S>(dots, scale[h][first], min[h][first], sums, sums_stride, acc[h]);
+            end_block<C, S, k8>(dots, scale[h][first], min[h][first], block, tokens, acc[h]);
           add_quads<C, 4>(unit + 32 * h, x, stride, dots);
-          end_block<C, S>(dots, scale[h][last], min[h][last], sums + kEach - 1, sums_stride,
-                          acc[h]);
+          const BlockOf end{block.sums + kEach - 1, block.scales,
+                            k8 ? block.scaled_sums + kEach - 1 : nullptr};
+          end_block<C, S, k8>(dots, scale[h][last], min[h][last], end, tokens, acc[h]);
+        }
+        block.sums += kEach;
+        if constexpr (k8) {
+          block.scaled_sums += kEach;
+          ++block.scales;
         }
       }
     }
     const size_t left = panels.rows - row;
     for (int t = 0; t < kTokens; ++t) {
       float* out = y.y + static_cast<size_t>(t) * y.ldy + row;
-      store(out, first_rows(left), y.add, acc[0][t], tokens.scales[t]);
-      if (left > 8) store(out + 8, first_rows(left - 8), y.add, acc[1][t], tokens.scales[t]);
+      const float by = k8 ? 1 : tokens.scales[t];
+      store<k8>(out, first_rows(left), y.add, acc[0][t], by);
+      if (left > 8) store<k8>(out + 8, first_rows(left - 8), y.add, acc[1][t], by);
     }
   }
 }
 
-template <DType kType>
+template <DType kType, bool k8>
 void direct(const Panels& panels, const Tokens& tokens, const Target& y) noexcept {
   using C = typename FormatOf<kType>::Codes;
   using S = typename FormatOf<kType>::Scales;
@@ -400,13 +428,13 @@ void direct(const Panels& panels, const Tokens& tokens, const Target& y) noexcep
   static_assert(S::kMin == kPanelFormat[panel_format_index(kType)].has_min);
   switch (tokens.count) {
     case 1:
-      return direct_tokens<C, S, 1>(panels, tokens, y);
+      return direct_tokens<C, S, k8, 1>(panels, tokens, y);
     case 2:
-      return direct_tokens<C, S, 2>(panels, tokens, y);
+      return direct_tokens<C, S, k8, 2>(panels, tokens, y);
     case 3:
-      return direct_tokens<C, S, 3>(panels, tokens, y);
+      return direct_tokens<C, S, k8, 3>(panels, tokens, y);
     default:
-      return direct_tokens<C, S, 4>(panels, tokens, y);
+      return direct_tokens<C, S, k8, 4>(panels, tokens, y);
   }
 }
 
@@ -463,17 +491,20 @@ void unpack(const uint8_t* record, const uint8_t* unit, size_t units, const Stri
 
 // 16 rows × kTokens ≤ 4 tokens: 8 integer sums, 2 weights, a broadcast and a product of the 16
 // registers; float sums stay in memory, touched once a block.
-template <size_t kBlock, bool kMin, int kTokens>
+template <size_t kBlock, bool kMin, bool k8, int kTokens>
 MORU_INLINE void stripe_tile(const Stripe& w, size_t cols, size_t lane, size_t rows,
                              const Tokens& tokens, size_t first, const Target& y) {
   const int16_t* x = tokens.codes + first * tokens.stride;
   const int32_t* sums = tokens.sums + first * tokens.sums_stride;
+  const float* scaled_sums = k8 ? tokens.scaled_sums + first * tokens.sums_stride : nullptr;
+  const float* unit_scales = k8 ? tokens.scales + first * tokens.unit_stride : nullptr;
   const size_t stride = tokens.stride, sums_stride = tokens.sums_stride;
   const int16_t* codes = w.codes + 2 * lane;
   const float *scales = w.scales + lane, *mins = w.mins + lane;
   __m256 acc[kTokens][2];
   for (int t = 0; t < kTokens; ++t) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
-  for (size_t blocks = cols / kBlock; blocks > 0; --blocks) {
+  const size_t blocks = cols / kBlock;
+  for (size_t block = 0; block < blocks; ++block) {
     Half dots[kTokens][2];
     for (int t = 0; t < kTokens; ++t) dots[t][0] = dots[t][1] = _mm256_setzero_si256();
 #pragma GCC unroll 4
@@ -489,34 +520,44 @@ MORU_INLINE void stripe_tile(const Stripe& w, size_t cols, size_t lane, size_t r
     const __m256 scale0 = _mm256_loadu_ps(scales), scale1 = _mm256_loadu_ps(scales + 8);
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) {
-      acc[t][0] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t][0]), scale0, acc[t][0]);
-      acc[t][1] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t][1]), scale1, acc[t][1]);
+      __m256 s0 = scale0, s1 = scale1;
+      if constexpr (k8) {
+        const __m256 unit =
+            _mm256_set1_ps(unit_scales[static_cast<size_t>(t) * tokens.unit_stride]);
+        s0 = _mm256_mul_ps(s0, unit);
+        s1 = _mm256_mul_ps(s1, unit);
+      }
+      acc[t][0] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t][0]), s0, acc[t][0]);
+      acc[t][1] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t][1]), s1, acc[t][1]);
     }
     if constexpr (kMin) {
       const __m256 min0 = _mm256_loadu_ps(mins), min1 = _mm256_loadu_ps(mins + 8);
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t) {
+        const size_t at = static_cast<size_t>(t) * sums_stride;
         const __m256 sum =
-            _mm256_cvtepi32_ps(broadcast(sums + static_cast<size_t>(t) * sums_stride));
+            k8 ? _mm256_set1_ps(scaled_sums[at]) : _mm256_cvtepi32_ps(broadcast(sums + at));
         acc[t][0] = _mm256_fmadd_ps(min0, sum, acc[t][0]);
         acc[t][1] = _mm256_fmadd_ps(min1, sum, acc[t][1]);
       }
       mins += kStripeRows;
       ++sums;
+      if constexpr (k8) ++scaled_sums;
     }
+    if (k8 && (kBlock == 32 || block % 2 == 1)) ++unit_scales;
     codes += kStripeRows * kBlock;
     x += kBlock;
     scales += kStripeRows;
   }
   for (int t = 0; t < kTokens; ++t) {
     float* out = y.y + (first + static_cast<size_t>(t)) * y.ldy + lane;
-    const float scale = tokens.scales[first + static_cast<size_t>(t)];
-    store(out, first_rows(rows), y.add, acc[t][0], scale);
-    if (rows > 8) store(out + 8, first_rows(rows - 8), y.add, acc[t][1], scale);
+    const float by = k8 ? 1 : tokens.scales[first + static_cast<size_t>(t)];
+    store<k8>(out, first_rows(rows), y.add, acc[t][0], by);
+    if (rows > 8) store<k8>(out + 8, first_rows(rows - 8), y.add, acc[t][1], by);
   }
 }
 
-template <size_t kBlock, bool kMin>
+template <size_t kBlock, bool kMin, bool k8>
 void stripe(const Stripe& w, size_t cols, size_t rows, const Tokens& x, const Target& y) noexcept {
   // Tokens inside, so that the 16 rows' weights of a tile are still in L2, tokens in L1.
   for (size_t t = 0; t < x.count; t += 4)
@@ -524,16 +565,16 @@ void stripe(const Stripe& w, size_t cols, size_t rows, const Tokens& x, const Ta
       const size_t left = rows - lane;
       switch (x.count - t) {
         case 1:
-          stripe_tile<kBlock, kMin, 1>(w, cols, lane, left, x, t, y);
+          stripe_tile<kBlock, kMin, k8, 1>(w, cols, lane, left, x, t, y);
           break;
         case 2:
-          stripe_tile<kBlock, kMin, 2>(w, cols, lane, left, x, t, y);
+          stripe_tile<kBlock, kMin, k8, 2>(w, cols, lane, left, x, t, y);
           break;
         case 3:
-          stripe_tile<kBlock, kMin, 3>(w, cols, lane, left, x, t, y);
+          stripe_tile<kBlock, kMin, k8, 3>(w, cols, lane, left, x, t, y);
           break;
         default:
-          stripe_tile<kBlock, kMin, 4>(w, cols, lane, left, x, t, y);
+          stripe_tile<kBlock, kMin, k8, 4>(w, cols, lane, left, x, t, y);
           break;
       }
     }
@@ -583,16 +624,27 @@ void dequantize(const Stripe& w, size_t cols, size_t block, size_t first, size_t
     }
 }
 
+MORU_INLINE uint32_t max_of(Half v) {
+  __m128i four = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  four = _mm_max_epu32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(1, 0, 3, 2)));
+  four = _mm_max_epu32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(2, 3, 0, 1)));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(four));
+}
+MORU_INLINE int32_t sum_of_16(Half codes) {
+  const Half pairs = _mm256_madd_epi16(codes, _mm256_set1_epi16(1));
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, _MM_SHUFFLE(1, 0, 3, 2)));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, _MM_SHUFFLE(2, 3, 0, 1)));
+  return _mm_cvtsi128_si32(sum);
+}
+
 float quantize(const float* x, size_t k, int16_t* codes, int8_t* digits, int32_t* sums16,
                int32_t* sums32) noexcept {
   const Half magnitude = _mm256_set1_epi32(0x7fffffff);
   Half most = _mm256_setzero_si256();
   for (size_t i = 0; i < k; i += 8)
     most = _mm256_max_epu32(most, _mm256_and_si256(load_half(x + i), magnitude));
-  __m128i four = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
-  four = _mm_max_epu32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(1, 0, 3, 2)));
-  four = _mm_max_epu32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(2, 3, 0, 1)));
-  const auto largest = static_cast<uint32_t>(_mm_cvtsi128_si32(four));
+  const uint32_t largest = max_of(most);
   float max;
   std::memcpy(&max, &largest, sizeof max);
   const bool finite = largest < 0x7f800000u, usable = finite && max >= 0x1p-100f;
@@ -616,28 +668,60 @@ float quantize(const float* x, size_t k, int16_t* codes, int8_t* digits, int32_t
           _mm256_shuffle_epi8(_mm256_add_epi16(both, _mm256_set1_epi16(128)), to_high);
       store_half(digits + 2 * i, _mm256_or_si256(high, _mm256_shuffle_epi8(both, to_low)));
     }
-    const Half pairs = _mm256_madd_epi16(both, _mm256_set1_epi16(1));
-    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, _MM_SHUFFLE(1, 0, 3, 2)));
-    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, _MM_SHUFFLE(2, 3, 0, 1)));
-    sums16[i / 16] = _mm_cvtsi128_si32(sum);
+    sums16[i / 16] = sum_of_16(both);
   }
   for (size_t b = 0; b < k / 32; ++b) sums32[b] = sums16[2 * b] + sums16[2 * b + 1];
   if (!finite) return __builtin_nanf("");
   return usable ? max / static_cast<float>(kMaxCode) : 0;
 }
 
+void quantize8(const float* x, size_t k, const Row8& out) noexcept {
+  const Half magnitude = _mm256_set1_epi32(0x7fffffff);
+  for (size_t u = 0; u < k / kUnitCols; ++u, x += kUnitCols) {
+    Half most = _mm256_setzero_si256();
+    for (size_t i = 0; i < kUnitCols; i += 8)
+      most = _mm256_max_epu32(most, _mm256_and_si256(load_half(x + i), magnitude));
+    const uint32_t largest = max_of(most);
+    float max;
+    std::memcpy(&max, &largest, sizeof max);
+    const bool finite = largest < 0x7f800000u, usable = finite && max >= 0x1p-100f;
+    const Half mask = _mm256_set1_epi32(usable ? -1 : 0);
+    const __m256 inverse = _mm256_set1_ps(usable ? kMaxCode8 / max : 0);
+    const float scale = !finite ? __builtin_nanf("") : usable ? max / kMaxCode8 : 0;
+    out.scales[u] = scale;
+    for (size_t h = 0; h < 2; ++h) {
+      Half n[2];
+      for (size_t i = 0; i < 2; ++i)
+        n[i] = _mm256_and_si256(
+            mask, _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 16 * h + 8 * i), inverse)));
+      const Half both =
+          _mm256_permute4x64_epi64(_mm256_packs_epi32(n[0], n[1]), _MM_SHUFFLE(3, 1, 2, 0));
+      store_half(out.codes + u * kUnitCols + 16 * h, both);
+      out.sums16[2 * u + h] = sum_of_16(both);
+      out.scaled16[2 * u + h] = static_cast<float>(out.sums16[2 * u + h]) * scale;
+    }
+    out.sums32[u] = out.sums16[2 * u] + out.sums16[2 * u + 1];
+    out.scaled32[u] = static_cast<float>(out.sums32[u]) * scale;
+  }
+}
+
 template <DType kType>
-constexpr FormatKernels kFormat = {direct<kType>, unpack<kType>};
+constexpr FormatKernels kFormat = {direct<kType, false>, direct<kType, true>, unpack<kType>,
+                                   unpack<kType>};
 
 constexpr QuantKernels kKernels = {
     {kFormat<DType::q4_0>, kFormat<DType::q4_1>, kFormat<DType::q5_0>, kFormat<DType::q5_1>,
      kFormat<DType::q8_0>, kFormat<DType::q2_k>, kFormat<DType::q3_k>, kFormat<DType::q4_k>,
      kFormat<DType::q5_k>, kFormat<DType::q6_k>, kFormat<DType::iq4_nl>, kFormat<DType::iq4_xs>,
      kFormat<DType::mxfp4>},
-    {{stripe<32, false>, stripe<32, true>}, {stripe<16, false>, stripe<16, true>}},
+    {{stripe<32, false, false>, stripe<32, true, false>},
+     {stripe<16, false, false>, stripe<16, true, false>}},
+    {{stripe<32, false, true>, stripe<32, true, true>},
+     {stripe<16, false, true>, stripe<16, true, true>}},
     dequantize,
     quantize,
+    quantize8,
+    true,
 };
 
 }  // namespace

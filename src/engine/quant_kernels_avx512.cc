@@ -301,7 +301,12 @@ struct FormatOf<DType::mxfp4> : Format<TableNibbles<Mxfp4Table>, PowerScale> {};
 
 // ---- packed panels × up to four tokens ----
 
+template <bool k8>
 MORU_INLINE void store(float* y, __mmask16 rows, bool add, __m512 acc, float scale) {
+  if constexpr (k8) {  // scaled already
+    _mm512_mask_storeu_ps(y, rows, add ? _mm512_add_ps(_mm512_maskz_loadu_ps(rows, y), acc) : acc);
+    return;
+  }
   const __m512 s = _mm512_set1_ps(scale);
   const __m512 out =
       add ? _mm512_fmadd_ps(acc, s, _mm512_maskz_loadu_ps(rows, y)) : _mm512_mul_ps(acc, s);
@@ -312,47 +317,76 @@ MORU_INLINE __mmask16 first_rows(size_t n) {
   return static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1);
 }
 
-template <int kTokens>
-struct Dots {
-  Word high[kTokens], low[kTokens];
+// How activations enter a dot: as two digits of a token's 16 bits, or as 8 bits.
+struct Bits16 {
+  static constexpr bool k8 = false;
+  static constexpr size_t kQuadBytes = 8;
+  struct Dot {
+    Word high, low;
+  };
+  MORU_INLINE Dot zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+  MORU_INLINE void add(Dot& dot, int, Word w, const int8_t* quad) {
+    dot.high = _mm512_dpbusd_epi32(dot.high, w, broadcast(quad));
+    dot.low = _mm512_dpbusd_epi32(dot.low, w, broadcast(quad + 4));
+  }
+  MORU_INLINE Word sum(const Dot& dot) {
+    return _mm512_add_epi32(_mm512_slli_epi32(dot.high, 8), dot.low);
+  }
+};
+struct Bits8 {
+  static constexpr bool k8 = true;
+  static constexpr size_t kQuadBytes = 4;
+  struct Dot {  // two, or each dot would wait for the one before it
+    Word even, odd;
+  };
+  MORU_INLINE Dot zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+  MORU_INLINE void add(Dot& dot, int i, Word w, const int8_t* quad) {
+    Word& sum = i % 2 == 0 ? dot.even : dot.odd;
+    sum = _mm512_dpbusd_epi32(sum, w, broadcast(quad));
+  }
+  MORU_INLINE Word sum(const Dot& dot) { return _mm512_add_epi32(dot.even, dot.odd); }
 };
 
-template <int kTokens>
-MORU_INLINE void clear(Dots<kTokens>& dots) {
-#pragma GCC unroll 4
-  for (int t = 0; t < kTokens; ++t) dots.high[t] = dots.low[t] = _mm512_setzero_si512();
-}
-
 // Adds quads kFirst … kFirst + 3 of a unit.
-template <typename C, int kFirst, int kTokens>
+template <typename C, typename A, int kFirst, int kTokens>
 MORU_INLINE void add_quads(const uint8_t* unit, const int8_t* x, size_t stride,
-                           Dots<kTokens>& dots) {
+                           typename A::Dot (&dots)[kTokens]) {
   const Word w[4] = {C::template quad<kFirst>(unit), C::template quad<kFirst + 1>(unit),
                      C::template quad<kFirst + 2>(unit), C::template quad<kFirst + 3>(unit)};
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i)
 #pragma GCC unroll 4
-    for (int t = 0; t < kTokens; ++t) {
-      const int8_t* at = x + static_cast<size_t>(t) * stride + 8 * (kFirst + i);
-      dots.high[t] = _mm512_dpbusd_epi32(dots.high[t], w[i], broadcast(at));
-      dots.low[t] = _mm512_dpbusd_epi32(dots.low[t], w[i], broadcast(at + 4));
-    }
+    for (int t = 0; t < kTokens; ++t)
+      A::add(dots[t], i, w[i], x + static_cast<size_t>(t) * stride + A::kQuadBytes * (kFirst + i));
 }
 
-template <typename C, typename S, int kTokens>
-MORU_INLINE void end_block(Dots<kTokens>& dots, __m512 scale, __m512 min, const int32_t* sums,
-                           size_t sums_stride, __m512 (&acc)[kTokens]) {
+// Where a token's numbers of the block at hand stand.
+struct BlockOf {
+  const int32_t* sums;
+  const float *scales, *scaled_sums;  // 8 bits only
+};
+
+template <typename C, typename S, typename A, int kTokens>
+MORU_INLINE void end_block(typename A::Dot (&dots)[kTokens], __m512 scale, __m512 min,
+                           const BlockOf& block, const Tokens& tokens, __m512 (&acc)[kTokens]) {
 #pragma GCC unroll 4
   for (int t = 0; t < kTokens; ++t) {
-    const int32_t* sum = sums + static_cast<size_t>(t) * sums_stride;
-    Word dot = _mm512_add_epi32(_mm512_slli_epi32(dots.high[t], 8), dots.low[t]);
+    const size_t sum = static_cast<size_t>(t) * tokens.sums_stride;
+    Word dot = A::sum(dots[t]);
     if constexpr (C::kOffsetBits != kNoOffset)
-      dot = _mm512_sub_epi32(dot, _mm512_slli_epi32(broadcast(sum), C::kOffsetBits));
-    acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, acc[t]);
+      dot = _mm512_sub_epi32(dot, _mm512_slli_epi32(broadcast(block.sums + sum), C::kOffsetBits));
+    __m512 scales = scale;
+    if constexpr (A::k8)
+      scales = _mm512_mul_ps(
+          scale, _mm512_set1_ps(block.scales[static_cast<size_t>(t) * tokens.unit_stride]));
+    acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scales, acc[t]);
     if constexpr (S::kMin)
-      acc[t] = _mm512_fmadd_ps(min, _mm512_cvtepi32_ps(broadcast(sum)), acc[t]);
+      acc[t] = _mm512_fmadd_ps(min,
+                               A::k8 ? _mm512_set1_ps(block.scaled_sums[sum])
+                                     : _mm512_cvtepi32_ps(broadcast(block.sums + sum)),
+                               acc[t]);
+    dots[t] = A::zero();
   }
-  clear(dots);
 }
 
 // How far ahead of the codes to prefetch into L2, and how: the processor's own prefetchers do not
@@ -360,45 +394,51 @@ MORU_INLINE void end_block(Dots<kTokens>& dots, __m512 scale, __m512 min, const 
 // with it). Panels follow each other, so what lies ahead is the next panels' scales and codes.
 constexpr size_t kAheadBytes = 12 << 10;
 
-template <typename C, typename S, int kTokens>
+template <typename C, typename S, typename A, int kTokens>
 void direct_tokens(const Panels& panels, const Tokens& tokens, const Target& y) noexcept {
   constexpr size_t kUnits = S::kBlock * S::kBlocks / kUnitCols;  // of a scale record
-  const size_t stride = 2 * tokens.stride, sums_stride = tokens.sums_stride;
+  constexpr size_t kEach = kUnitCols / S::kBlock;                // blocks of a unit
+  const size_t stride = tokens.stride * A::kQuadBytes / 4;
   for (size_t row = 0; row < panels.rows; row += kPanelRows) {
     const uint8_t* record = panels.data + row / kPanelRows * panels.panel_bytes;
     const uint8_t* unit = record + panels.codes_at;
     const uint8_t* ahead = record + kAheadBytes;
-    const int32_t* sums = tokens.sums;
+    BlockOf block{tokens.sums, tokens.scales, tokens.scaled_sums};
     const int8_t* x = tokens.digits;
     __m512 acc[kTokens];
-    for (int t = 0; t < kTokens; ++t) acc[t] = _mm512_setzero_ps();
-    Dots<kTokens> dots;
-    clear(dots);
+    typename A::Dot dots[kTokens];
+    for (int t = 0; t < kTokens; ++t) {
+      acc[t] = _mm512_setzero_ps();
+      dots[t] = A::zero();
+    }
+    const auto end = [&](const __m512& scale, const __m512& min) __attribute__((always_inline)) {
+      end_block<C, S, A>(dots, scale, min, block, tokens, acc);
+      ++block.sums;
+      if constexpr (A::k8) ++block.scaled_sums;
+    };
     for (size_t done = 0; done < panels.units; done += kUnits, record += S::kBytes) {
       __m512 scale[S::kBlocks], min[S::kBlocks];
       S::decode(record, scale, min);
 #pragma GCC unroll 1
-      for (size_t u = 0; u < kUnits; ++u, unit += C::kUnitBytes, x += 2 * kUnitCols) {
+      for (size_t u = 0; u < kUnits; ++u, unit += C::kUnitBytes, x += 8 * A::kQuadBytes) {
         constexpr size_t kShare = C::kUnitBytes + S::kBytes / kUnits;
         for (size_t line = 0; line < kShare; line += 64)
           _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T1);
         ahead += kShare;
-        add_quads<C, 0>(unit, x, stride, dots);
-        if constexpr (S::kBlock == 16)
-          end_block<C, S>(dots, scale[2 * u], min[2 * u], sums++, sums_stride, acc);
-        add_quads<C, 4>(unit, x, stride, dots);
-        constexpr size_t kEach = kUnitCols / S::kBlock;
-        const size_t last = kEach * u + kEach - 1;
-        end_block<C, S>(dots, scale[last], min[last], sums++, sums_stride, acc);
+        add_quads<C, A, 0>(unit, x, stride, dots);
+        if constexpr (S::kBlock == 16) end(scale[2 * u], min[2 * u]);
+        add_quads<C, A, 4>(unit, x, stride, dots);
+        end(scale[kEach * u + kEach - 1], min[kEach * u + kEach - 1]);
+        if constexpr (A::k8) ++block.scales;
       }
     }
     for (int t = 0; t < kTokens; ++t)
-      store(y.y + static_cast<size_t>(t) * y.ldy + row, first_rows(panels.rows - row), y.add,
-            acc[t], tokens.scales[t]);
+      store<A::k8>(y.y + static_cast<size_t>(t) * y.ldy + row, first_rows(panels.rows - row), y.add,
+                   acc[t], A::k8 ? 1 : tokens.scales[t]);
   }
 }
 
-template <DType kType>
+template <DType kType, typename A>
 void direct(const Panels& panels, const Tokens& tokens, const Target& y) noexcept {
   using C = typename FormatOf<kType>::Codes;
   using S = typename FormatOf<kType>::Scales;
@@ -407,19 +447,39 @@ void direct(const Panels& panels, const Tokens& tokens, const Target& y) noexcep
   static_assert(S::kMin == kPanelFormat[panel_format_index(kType)].has_min);
   switch (tokens.count) {
     case 1:
-      return direct_tokens<C, S, 1>(panels, tokens, y);
+      return direct_tokens<C, S, A, 1>(panels, tokens, y);
     case 2:
-      return direct_tokens<C, S, 2>(panels, tokens, y);
+      return direct_tokens<C, S, A, 2>(panels, tokens, y);
     case 3:
-      return direct_tokens<C, S, 3>(panels, tokens, y);
+      return direct_tokens<C, S, A, 3>(panels, tokens, y);
     default:
-      return direct_tokens<C, S, 4>(panels, tokens, y);
+      return direct_tokens<C, S, A, 4>(panels, tokens, y);
   }
 }
 
 // ---- unpacked stripes ----
 
-template <DType kType>
+// A quad's words of int16: columns 0 and 1, then 2 and 3.
+template <typename C>
+MORU_INLINE void put_quad(Word quad, size_t lanes, int16_t* codes) {
+  Word even = _mm512_and_si512(quad, _mm512_set1_epi16(255));
+  Word odd = _mm512_srli_epi16(quad, 8);
+  if constexpr (C::kOffsetBits != kNoOffset) {
+    const Word offset = _mm512_set1_epi16(1 << (C::kOffsetBits & 15));
+    even = _mm512_sub_epi16(even, offset);
+    odd = _mm512_sub_epi16(odd, offset);
+  }
+  _mm512_storeu_si512(codes, even);
+  _mm512_storeu_si512(codes + 2 * lanes, odd);
+}
+// The same as bytes, weight + 128.
+template <typename C>
+MORU_INLINE void put_quad8(Word quad, int16_t* codes) {
+  constexpr int kMore = C::kOffsetBits == kNoOffset ? 128 : 128 - (1 << (C::kOffsetBits & 15));
+  _mm512_storeu_si512(codes, _mm512_add_epi8(quad, _mm512_set1_epi8(static_cast<char>(kMore))));
+}
+
+template <DType kType, typename A>
 void unpack(const uint8_t* record, const uint8_t* unit, size_t units, const Stripe& out) noexcept {
   using C = typename FormatOf<kType>::Codes;
   using S = typename FormatOf<kType>::Scales;
@@ -431,18 +491,12 @@ void unpack(const uint8_t* record, const uint8_t* unit, size_t units, const Stri
                            C::template quad<2>(unit), C::template quad<3>(unit),
                            C::template quad<4>(unit), C::template quad<5>(unit),
                            C::template quad<6>(unit), C::template quad<7>(unit)};
-    const Word offset =
-        _mm512_set1_epi16(C::kOffsetBits == kNoOffset ? 0 : 1 << (C::kOffsetBits & 15));
 #pragma GCC unroll 8
-    for (int q = 0; q < 8; ++q, codes += 4 * lanes) {
-      Word even = _mm512_and_si512(quads[q], _mm512_set1_epi16(255));
-      Word odd = _mm512_srli_epi16(quads[q], 8);
-      if constexpr (C::kOffsetBits != kNoOffset) {
-        even = _mm512_sub_epi16(even, offset);
-        odd = _mm512_sub_epi16(odd, offset);
-      }
-      _mm512_storeu_si512(codes, even);
-      _mm512_storeu_si512(codes + 2 * lanes, odd);
+    for (int q = 0; q < 8; ++q, codes += (A::k8 ? 2 : 4) * lanes) {
+      if constexpr (A::k8)
+        put_quad8<C>(quads[q], codes);
+      else
+        put_quad<C>(quads[q], lanes, codes);
     }
   }
   float* scales = out.scales;
@@ -460,75 +514,125 @@ void unpack(const uint8_t* record, const uint8_t* unit, size_t units, const Stri
   }
 }
 
+// Sums of a block of kTokens tokens with the rows of two words, for activations of 16 bits.
+template <size_t kBlock, int kTokens>
+MORU_INLINE void add_block(const int16_t* codes, const int16_t* x, size_t stride,
+                           Word (&dot0)[kTokens], Word (&dot1)[kTokens]) {
+  for (int t = 0; t < kTokens; ++t) dot0[t] = dot1[t] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+  for (size_t pair = 0; pair < kBlock / 2; ++pair) {
+    const Word w0 = load_word(codes + 64 * pair), w1 = load_word(codes + 64 * pair + 32);
+#pragma GCC unroll 6
+    for (int t = 0; t < kTokens; ++t) {
+      const Word both = broadcast(x + static_cast<size_t>(t) * stride + 2 * pair);
+      dot0[t] = _mm512_dpwssd_epi32(dot0[t], w0, both);
+      dot1[t] = _mm512_dpwssd_epi32(dot1[t], w1, both);
+    }
+  }
+}
+// For 8 bits: bytes of weight + 128, so a sum begins with what the 128 would add too much.
+template <size_t kBlock, int kTokens>
+MORU_INLINE void add_block8(const int16_t* codes, const int8_t* x, size_t stride,
+                            const int32_t* sums, size_t sums_stride, Word (&dot0)[kTokens],
+                            Word (&dot1)[kTokens]) {
+#pragma GCC unroll 6
+  for (int t = 0; t < kTokens; ++t)
+    dot0[t] = dot1[t] = _mm512_set1_epi32(-128 * sums[static_cast<size_t>(t) * sums_stride]);
+#pragma GCC unroll 8
+  for (size_t quad = 0; quad < kBlock / 4; ++quad) {
+    const Word w0 = load_word(codes + 64 * quad), w1 = load_word(codes + 64 * quad + 32);
+#pragma GCC unroll 6
+    for (int t = 0; t < kTokens; ++t) {
+      const Word four = broadcast(x + static_cast<size_t>(t) * stride + 4 * quad);
+      dot0[t] = _mm512_dpbusd_epi32(dot0[t], w0, four);
+      dot1[t] = _mm512_dpbusd_epi32(dot1[t], w1, four);
+    }
+  }
+}
+
 // 2 words of rows × kTokens tokens: 12 integer and 12 float sums, 2 weights and 1 broadcast of the
 // 32 registers. Every weight is loaded once for six tokens, every token's pair once for 32 rows.
-template <size_t kBlock, bool kMin, int kTokens>
+template <size_t kBlock, bool kMin, typename A, int kTokens>
 MORU_INLINE void stripe_tile(const Stripe& w, size_t cols, __mmask16 rows0, __mmask16 rows1,
                              const Tokens& tokens, size_t first, const Target& y) {
-  const int16_t* x = tokens.codes + first * tokens.stride;
-  const int32_t* sums = tokens.sums + first * tokens.sums_stride;
   const size_t stride = tokens.stride, sums_stride = tokens.sums_stride;
+  const int16_t* x = A::k8 ? nullptr : tokens.codes + first * stride;
+  const int8_t* x8 = A::k8 ? tokens.digits + first * stride : nullptr;
+  const int32_t* sums = tokens.sums + first * sums_stride;
+  const float* scaled_sums = A::k8 ? tokens.scaled_sums + first * sums_stride : nullptr;
+  const float* unit_scales = A::k8 ? tokens.scales + first * tokens.unit_stride : nullptr;
   const int16_t* codes = w.codes;
   const float *scales = w.scales, *mins = w.mins;
   __m512 acc0[kTokens], acc1[kTokens];
   for (int t = 0; t < kTokens; ++t) acc0[t] = acc1[t] = _mm512_setzero_ps();
-  for (size_t blocks = cols / kBlock; blocks > 0; --blocks) {
+  const size_t blocks = cols / kBlock;
+  for (size_t block = 0; block < blocks; ++block) {
     Word dot0[kTokens], dot1[kTokens];
-    for (int t = 0; t < kTokens; ++t) dot0[t] = dot1[t] = _mm512_setzero_si512();
-#pragma GCC unroll 4
-    for (size_t pair = 0; pair < kBlock / 2; ++pair) {
-      const Word w0 = load_word(codes + 64 * pair), w1 = load_word(codes + 64 * pair + 32);
-#pragma GCC unroll 6
-      for (int t = 0; t < kTokens; ++t) {
-        const Word both = broadcast(x + static_cast<size_t>(t) * stride + 2 * pair);
-        dot0[t] = _mm512_dpwssd_epi32(dot0[t], w0, both);
-        dot1[t] = _mm512_dpwssd_epi32(dot1[t], w1, both);
-      }
-    }
+    if constexpr (A::k8)
+      add_block8<kBlock>(codes, x8, stride, sums, sums_stride, dot0, dot1);
+    else
+      add_block<kBlock>(codes, x, stride, dot0, dot1);
     const __m512 scale0 = _mm512_loadu_ps(scales), scale1 = _mm512_loadu_ps(scales + 16);
+#pragma GCC unroll 6
     for (int t = 0; t < kTokens; ++t) {
-      acc0[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot0[t]), scale0, acc0[t]);
-      acc1[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot1[t]), scale1, acc1[t]);
+      __m512 s0 = scale0, s1 = scale1;
+      if constexpr (A::k8) {
+        const __m512 unit =
+            _mm512_set1_ps(unit_scales[static_cast<size_t>(t) * tokens.unit_stride]);
+        s0 = _mm512_mul_ps(s0, unit);
+        s1 = _mm512_mul_ps(s1, unit);
+      }
+      acc0[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot0[t]), s0, acc0[t]);
+      acc1[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot1[t]), s1, acc1[t]);
     }
     if constexpr (kMin) {
       const __m512 min0 = _mm512_loadu_ps(mins), min1 = _mm512_loadu_ps(mins + 16);
+#pragma GCC unroll 6
       for (int t = 0; t < kTokens; ++t) {
+        const size_t at = static_cast<size_t>(t) * sums_stride;
         const __m512 sum =
-            _mm512_cvtepi32_ps(broadcast(sums + static_cast<size_t>(t) * sums_stride));
+            A::k8 ? _mm512_set1_ps(scaled_sums[at]) : _mm512_cvtepi32_ps(broadcast(sums + at));
         acc0[t] = _mm512_fmadd_ps(min0, sum, acc0[t]);
         acc1[t] = _mm512_fmadd_ps(min1, sum, acc1[t]);
       }
       mins += 32;
-      ++sums;
     }
-    codes += 32 * kBlock;
-    x += kBlock;
     scales += 32;
+    if constexpr (A::k8) {
+      codes += 16 * kBlock;
+      x8 += kBlock;
+      ++scaled_sums;
+      if (kBlock == 32 || block % 2 == 1) ++unit_scales;
+    } else {
+      codes += 32 * kBlock;
+      x += kBlock;
+    }
+    if constexpr (kMin || A::k8) ++sums;
   }
   for (int t = 0; t < kTokens; ++t) {
     float* out = y.y + (first + static_cast<size_t>(t)) * y.ldy;
-    const float scale = tokens.scales[first + static_cast<size_t>(t)];
-    store(out, rows0, y.add, acc0[t], scale);
-    store(out + 16, rows1, y.add, acc1[t], scale);
+    const float scale = A::k8 ? 1 : tokens.scales[first + static_cast<size_t>(t)];
+    store<A::k8>(out, rows0, y.add, acc0[t], scale);
+    store<A::k8>(out + 16, rows1, y.add, acc1[t], scale);
   }
 }
 
-template <size_t kBlock, bool kMin>
+template <size_t kBlock, bool kMin, typename A>
 void stripe(const Stripe& w, size_t cols, size_t rows, const Tokens& x, const Target& y) noexcept {
   const __mmask16 rows0 = first_rows(rows), rows1 = first_rows(rows > 16 ? rows - 16 : 0);
   size_t t = 0;
-  for (; t + 6 <= x.count; t += 6) stripe_tile<kBlock, kMin, 6>(w, cols, rows0, rows1, x, t, y);
+  for (; t + 6 <= x.count; t += 6) stripe_tile<kBlock, kMin, A, 6>(w, cols, rows0, rows1, x, t, y);
   switch (x.count - t) {
     case 1:
-      return stripe_tile<kBlock, kMin, 1>(w, cols, rows0, rows1, x, t, y);
+      return stripe_tile<kBlock, kMin, A, 1>(w, cols, rows0, rows1, x, t, y);
     case 2:
-      return stripe_tile<kBlock, kMin, 2>(w, cols, rows0, rows1, x, t, y);
+      return stripe_tile<kBlock, kMin, A, 2>(w, cols, rows0, rows1, x, t, y);
     case 3:
-      return stripe_tile<kBlock, kMin, 3>(w, cols, rows0, rows1, x, t, y);
+      return stripe_tile<kBlock, kMin, A, 3>(w, cols, rows0, rows1, x, t, y);
     case 4:
-      return stripe_tile<kBlock, kMin, 4>(w, cols, rows0, rows1, x, t, y);
+      return stripe_tile<kBlock, kMin, A, 4>(w, cols, rows0, rows1, x, t, y);
     case 5:
-      return stripe_tile<kBlock, kMin, 5>(w, cols, rows0, rows1, x, t, y);
+      return stripe_tile<kBlock, kMin, A, 5>(w, cols, rows0, rows1, x, t, y);
     default:
       return;
   }
@@ -629,17 +733,51 @@ float quantize(const float* x, size_t k, int16_t* codes, int8_t* digits, int32_t
   return usable ? max / static_cast<float>(kMaxCode) : 0;
 }
 
+void quantize8(const float* x, size_t k, const Row8& out) noexcept {
+  const Word magnitude = _mm512_set1_epi32(0x7fffffff);
+  // Bytes of each quad, 0 1 2 3, to a word's order.
+  const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+  for (size_t u = 0; u < k / kUnitCols; ++u, x += kUnitCols) {
+    const Word bits[2] = {load_word(x), load_word(x + 16)};
+    const uint32_t largest = _mm512_reduce_max_epu32(_mm512_max_epu32(
+        _mm512_and_si512(bits[0], magnitude), _mm512_and_si512(bits[1], magnitude)));
+    float max;
+    std::memcpy(&max, &largest, sizeof max);
+    const bool finite = largest < 0x7f800000u, usable = finite && max >= 0x1p-100f;
+    const __mmask16 lanes = usable ? 0xffff : 0;
+    const __m512 inverse = _mm512_set1_ps(usable ? kMaxCode8 / max : 0);
+    const float scale = !finite ? __builtin_nanf("") : usable ? max / kMaxCode8 : 0;
+    out.scales[u] = scale;
+    for (size_t h = 0; h < 2; ++h) {
+      const Word n =
+          _mm512_maskz_cvtps_epi32(lanes, _mm512_mul_ps(_mm512_castsi512_ps(bits[h]), inverse));
+      const __m128i bytes = _mm_shuffle_epi8(_mm512_cvtepi32_epi8(n), order);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out.digits + u * kUnitCols + 16 * h), bytes);
+      out.sums16[2 * u + h] = _mm512_reduce_add_epi32(n);
+      out.scaled16[2 * u + h] = static_cast<float>(out.sums16[2 * u + h]) * scale;
+    }
+    out.sums32[u] = out.sums16[2 * u] + out.sums16[2 * u + 1];
+    out.scaled32[u] = static_cast<float>(out.sums32[u]) * scale;
+  }
+}
+
 template <DType kType>
-constexpr FormatKernels kFormat = {direct<kType>, unpack<kType>};
+constexpr FormatKernels kFormat = {direct<kType, Bits16>, direct<kType, Bits8>,
+                                   unpack<kType, Bits16>, unpack<kType, Bits8>};
 
 constexpr QuantKernels kKernels = {
     {kFormat<DType::q4_0>, kFormat<DType::q4_1>, kFormat<DType::q5_0>, kFormat<DType::q5_1>,
      kFormat<DType::q8_0>, kFormat<DType::q2_k>, kFormat<DType::q3_k>, kFormat<DType::q4_k>,
      kFormat<DType::q5_k>, kFormat<DType::q6_k>, kFormat<DType::iq4_nl>, kFormat<DType::iq4_xs>,
      kFormat<DType::mxfp4>},
-    {{stripe<32, false>, stripe<32, true>}, {stripe<16, false>, stripe<16, true>}},
+    {{stripe<32, false, Bits16>, stripe<32, true, Bits16>},
+     {stripe<16, false, Bits16>, stripe<16, true, Bits16>}},
+    {{stripe<32, false, Bits8>, stripe<32, true, Bits8>},
+     {stripe<16, false, Bits8>, stripe<16, true, Bits8>}},
     dequantize,
     quantize,
+    quantize8,
+    false,
 };
 
 }  // namespace

@@ -118,12 +118,26 @@ void unpack(const uint8_t* scales, const uint8_t* codes, size_t units, const Str
     }
 }
 
-void store(const Target& y, size_t t, size_t r, float acc, float scale) {
-  float& out = y.y[t * y.ldy + r];
-  out = y.add ? std::fma(acc, scale, out) : acc * scale;
+// Adds a block of a row's product with token t; x's scales come in here or at the end.
+template <bool k8, bool kMin, size_t kBlock>
+void end_block(float& acc, int32_t dot, float scale, float min, const Tokens& x, size_t t,
+               size_t b) {
+  const size_t at = t * x.sums_stride + b;
+  if (k8) scale *= x.scales[t * x.unit_stride + b * kBlock / kUnitCols];
+  acc = std::fma(static_cast<float>(dot), scale, acc);
+  if (kMin) acc = std::fma(min, k8 ? x.scaled_sums[at] : static_cast<float>(x.sums[at]), acc);
 }
 
-template <DType kType>
+template <bool k8>
+void store(const Target& y, size_t t, size_t r, float acc, const Tokens& x) {
+  float& out = y.y[t * y.ldy + r];
+  if (k8)
+    out = y.add ? out + acc : acc;
+  else
+    out = y.add ? std::fma(acc, x.scales[t], out) : acc * x.scales[t];
+}
+
+template <DType kType, bool k8>
 void direct(const Panels& w, const Tokens& x, const Target& y) noexcept {
   constexpr PanelFormat format = kPanelFormat[panel_format_index(kType)];
   constexpr size_t per_record = format.scale_cols / format.block;
@@ -141,16 +155,14 @@ void direct(const Panels& w, const Tokens& x, const Target& y) noexcept {
           dot += weight_at<kType>(unit, b % per_unit * format.block + c, r) * code[c];
         const ScaleMinF32 s =
             scale_at<kType>(panel + b / per_record * format.scale_bytes, b % per_record, r);
-        acc = std::fma(static_cast<float>(dot), s.scale, acc);
-        if (format.has_min)
-          acc = std::fma(s.min, static_cast<float>(x.sums[t * x.sums_stride + b]), acc);
+        end_block<k8, format.has_min, format.block>(acc, dot, s.scale, s.min, x, t, b);
       }
-      store(y, t, row, acc, x.scales[t]);
+      store<k8>(y, t, row, acc, x);
     }
   }
 }
 
-template <size_t kBlock, bool kMin>
+template <size_t kBlock, bool kMin, bool k8>
 void stripe(const Stripe& w, size_t cols, size_t rows, const Tokens& x, const Target& y) noexcept {
   for (size_t t = 0; t < x.count; ++t)
     for (size_t r = 0; r < rows; ++r) {
@@ -159,12 +171,10 @@ void stripe(const Stripe& w, size_t cols, size_t rows, const Tokens& x, const Ta
         int32_t dot = 0;
         for (size_t c = b * kBlock; c < (b + 1) * kBlock; ++c)
           dot += w.codes[2 * (c / 2 * w.lanes + r) + c % 2] * x.codes[t * x.stride + c];
-        acc = std::fma(static_cast<float>(dot), w.scales[b * w.lanes + r], acc);
-        if (kMin)
-          acc = std::fma(w.mins[b * w.lanes + r], static_cast<float>(x.sums[t * x.sums_stride + b]),
-                         acc);
+        const size_t at = b * w.lanes + r;
+        end_block<k8, kMin, kBlock>(acc, dot, w.scales[at], kMin ? w.mins[at] : 0, x, t, b);
       }
-      store(y, t, r, acc, x.scales[t]);
+      store<k8>(y, t, r, acc, x);
     }
 }
 
@@ -206,17 +216,51 @@ float quantize(const float* x, size_t k, int16_t* codes, int8_t* digits, int32_t
   return usable ? max / static_cast<float>(kMaxCode) : 0;
 }
 
+void quantize8(const float* x, size_t k, const Row8& out) noexcept {
+  for (size_t u = 0; u < k / kUnitCols; ++u, x += kUnitCols) {
+    uint32_t largest = 0;
+    for (size_t i = 0; i < kUnitCols; ++i)
+      largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
+    const float max = std::bit_cast<float>(largest);
+    const bool finite = largest < 0x7f800000u, usable = finite && max >= 0x1p-100f;
+    const float inverse = usable ? kMaxCode8 / max : 0;
+    const float scale = !finite ? std::bit_cast<float>(0x7fc00000u) : usable ? max / kMaxCode8 : 0;
+    out.scales[u] = scale;
+    int32_t sums[2] = {0, 0};
+    for (size_t i = 0; i < kUnitCols; ++i) {
+      const auto code = usable ? static_cast<int16_t>(std::lrint(x[i] * inverse)) : int16_t{0};
+      sums[i / 16] += code;
+      if (out.codes != nullptr) out.codes[u * kUnitCols + i] = code;
+      constexpr size_t kOrder[4] = {0, 2, 1, 3};
+      if (out.digits != nullptr)
+        out.digits[u * kUnitCols + i / 4 * 4 + kOrder[i % 4]] = static_cast<int8_t>(code);
+    }
+    for (size_t h = 0; h < 2; ++h) {
+      out.sums16[2 * u + h] = sums[h];
+      out.scaled16[2 * u + h] = static_cast<float>(sums[h]) * scale;
+    }
+    out.sums32[u] = sums[0] + sums[1];
+    out.scaled32[u] = static_cast<float>(out.sums32[u]) * scale;
+  }
+}
+
 template <DType kType>
-constexpr FormatKernels kFormat = {direct<kType>, unpack<kType>};
+constexpr FormatKernels kFormat = {direct<kType, false>, direct<kType, true>, unpack<kType>,
+                                   unpack<kType>};
 
 constexpr QuantKernels kKernels = {
     {kFormat<DType::q4_0>, kFormat<DType::q4_1>, kFormat<DType::q5_0>, kFormat<DType::q5_1>,
      kFormat<DType::q8_0>, kFormat<DType::q2_k>, kFormat<DType::q3_k>, kFormat<DType::q4_k>,
      kFormat<DType::q5_k>, kFormat<DType::q6_k>, kFormat<DType::iq4_nl>, kFormat<DType::iq4_xs>,
      kFormat<DType::mxfp4>},
-    {{stripe<32, false>, stripe<32, true>}, {stripe<16, false>, stripe<16, true>}},
+    {{stripe<32, false, false>, stripe<32, true, false>},
+     {stripe<16, false, false>, stripe<16, true, false>}},
+    {{stripe<32, false, true>, stripe<32, true, true>},
+     {stripe<16, false, true>, stripe<16, true, true>}},
     dequantize,
     quantize,
+    quantize8,
+    true,
 };
 
 }  // namespace

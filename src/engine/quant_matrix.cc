@@ -4,6 +4,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <type_traits>
 
 #include "base/error.h"
 #include "engine/quant_kernels.h"
@@ -85,31 +86,50 @@ thread_local Scratch scratch;
 
 void QuantizedRows::resize(size_t m, size_t k) {
   MORU_CHECK(k % kUnitCols == 0);
-  // One cache line between rows, so that rows of 2^n codes do not fall on the same cache sets.
-  const size_t stride = k + 32;
-  const bool few = m < std::max(kStripeTokens16, kStripeTokens32);
-  const size_t codes = m * stride * sizeof(int16_t), digits = few ? m * stride * 2 : 0;
-  const size_t scales = round_up(m * sizeof(float), 64);
-  const size_t sums16 = m * (k / 16) * sizeof(int32_t), sums32 = m * (k / 32) * sizeof(int32_t);
-  const size_t bytes = codes + digits + scales + sums16 + sums32;
-  if (bytes > memory_.bytes()) memory_ = PageBuffer(bytes);
+  const bool narrow = kind_ == Activations::int8, codes8 = kernels().codes8;
   m_ = m;
   k_ = k;
-  stride_ = stride;
-  auto* at = static_cast<std::byte*>(memory_.data());
-  codes_ = reinterpret_cast<int16_t*>(at);
-  digits_ = few ? reinterpret_cast<int8_t*>(at + codes) : nullptr;
-  at += codes + digits;
-  scales_ = reinterpret_cast<float*>(at);
-  sums16_ = reinterpret_cast<int32_t*>(at + scales);
-  sums32_ = reinterpret_cast<int32_t*>(at + scales + sums16);
+  // One cache line between rows, so that rows of 2^n codes do not fall on the same cache sets.
+  stride_ = k + (narrow && !codes8 ? 64 : 32);
+  // Digits of 16 bits are for the direct kernels alone, which do not take many rows.
+  const bool few = m < std::max(kStripeTokens16, kStripeTokens32);
+  size_t bytes = 0;
+  // Where an array begins, or null if it is not wanted.
+  const auto place = [&](auto*& array, size_t count) {
+    using T = std::remove_reference_t<decltype(*array)>;
+    auto* start = static_cast<std::byte*>(memory_.data());
+    array = count == 0 || start == nullptr ? nullptr : reinterpret_cast<T*>(start + bytes);
+    bytes += round_up(count * sizeof(T), 64);
+  };
+  const auto place_all = [&] {
+    bytes = 0;
+    place(codes_, !narrow || codes8 ? m * stride_ : 0);
+    place(digits_, narrow ? (codes8 ? 0 : m * stride_) : few ? m * stride_ * 2 : 0);
+    place(scales_, narrow ? m * (k / 32) : m);
+    place(sums16_, m * (k / 16));
+    place(sums32_, m * (k / 32));
+    place(scaled16_, narrow ? m * (k / 16) : 0);
+    place(scaled32_, narrow ? m * (k / 32) : 0);
+  };
+  place_all();
+  if (bytes <= memory_.bytes()) return;
+  memory_ = PageBuffer(bytes);
+  place_all();
 }
 
 void QuantizedRows::set_row(size_t i, const float* x) {
   MORU_DCHECK(i < m_);
+  const size_t at16 = i * (k_ / 16), at32 = i * (k_ / 32);
+  int16_t* codes = codes_ == nullptr ? nullptr : codes_ + i * stride_;
+  if (kind_ == Activations::int8) {
+    kernels().quantize8(
+        x, k_,
+        {codes, digits_ == nullptr ? nullptr : digits_ + i * stride_, scales_ + at32,
+         sums16_ + at16, sums32_ + at32, scaled16_ + at16, scaled32_ + at32});
+    return;
+  }
   int8_t* digits = digits_ == nullptr ? nullptr : digits_ + i * 2 * stride_;
-  scales_[i] = kernels().quantize(x, k_, codes_ + i * stride_, digits, sums16_ + i * (k_ / 16),
-                                  sums32_ + i * (k_ / 32));
+  scales_[i] = kernels().quantize(x, k_, codes, digits, sums16_ + at16, sums32_ + at32);
 }
 
 void quantize_rows(Pool& pool, const float* x, size_t ldx, size_t m, size_t k, QuantizedRows& out) {
@@ -132,16 +152,21 @@ struct QuantMatrixView {
 };
 struct QuantizedRowsView {
   static Tokens tokens(const QuantizedRows& x, size_t first, size_t count, size_t block) {
-    const int32_t* sums = block == 16 ? x.sums16_ : x.sums32_;
-    return {
-        .codes = x.codes_ + first * x.stride_,
-        .stride = x.stride_,
-        .digits = x.digits_ == nullptr ? nullptr : x.digits_ + first * 2 * x.stride_,
-        .sums = sums + first * (x.k_ / block),
-        .sums_stride = x.k_ / block,
-        .scales = x.scales_ + first,
-        .count = count,
+    const bool narrow = x.kind_ == Activations::int8;
+    const auto from = [](auto* array, size_t at) {
+      return array == nullptr ? nullptr : array + at;
     };
+    Tokens out{};
+    out.codes = from(x.codes_, first * x.stride_);
+    out.stride = x.stride_;
+    out.digits = from(x.digits_, first * x.stride_ * (narrow ? 1 : 2));
+    out.sums_stride = x.k_ / block;
+    out.sums = (block == 16 ? x.sums16_ : x.sums32_) + first * out.sums_stride;
+    out.unit_stride = x.k_ / kUnitCols;
+    out.scales = x.scales_ + first * (narrow ? out.unit_stride : 1);
+    out.scaled_sums = from(block == 16 ? x.scaled16_ : x.scaled32_, first * out.sums_stride);
+    out.count = count;
+    return out;
   }
 };
 
@@ -166,7 +191,8 @@ void direct_task(const QuantizedRows& x, const QuantProduct& p, size_t task) {
   const QuantMatrix& w = *p.w;
   const size_t panel = task * direct_panels(w);
   const Panels panels = QuantMatrixView::panels(w, panel, direct_panels(w));
-  const auto direct = kernels().formats[panel_format_index(w.type())].direct;
+  const FormatKernels& format = kernels().formats[panel_format_index(w.type())];
+  const DirectKernel direct = x.kind() == Activations::int8 ? format.direct8 : format.direct;
   for (size_t t = 0; t < x.rows(); t += kDirectTokens) {
     const size_t count = std::min(kDirectTokens, x.rows() - t);
     direct(panels, QuantizedRowsView::tokens(x, t, count, format_of(w).block),
@@ -186,7 +212,9 @@ void stripe_task(const QuantizedRows& x, const QuantProduct& p, size_t task) {
   const PanelFormat& format = format_of(w);
   const Panels panels = QuantMatrixView::panels(w, row / kPanelRows, 2);
   const Stripe stripe = scratch.stripe(w.cols(), kStripeRows);
-  const auto unpack = kernels().formats[panel_format_index(w.type())].unpack;
+  const bool narrow = x.kind() == Activations::int8;
+  const FormatKernels& own = kernels().formats[panel_format_index(w.type())];
+  const UnpackKernel unpack = narrow ? own.unpack8 : own.unpack;
   for (size_t half = 0; half < divide_up(rows, kPanelRows); ++half) {
     const uint8_t* panel = panels.data + half * panels.panel_bytes;
     const size_t lane = half * kPanelRows;
@@ -194,7 +222,8 @@ void stripe_task(const QuantizedRows& x, const QuantProduct& p, size_t task) {
            {stripe.codes + 2 * lane, stripe.scales + lane, stripe.mins + lane, stripe.lanes});
   }
   const size_t count = std::min(kTokenBlock, x.rows() - t);
-  kernels().stripe[format.block == 16][format.has_min](
+  const auto& multiply = narrow ? kernels().stripe8 : kernels().stripe;
+  multiply[format.block == 16][format.has_min](
       stripe, w.cols(), rows, QuantizedRowsView::tokens(x, t, count, format.block),
       {p.y + t * p.ldy + row, p.ldy, p.store == Store::add});
 }

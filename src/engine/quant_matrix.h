@@ -1,10 +1,12 @@
-// Products of quantized weights, as a GGUF stores them, with activations of 16 bits.
+// Products of quantized weights, as a GGUF stores them, with activations of 16 or 8 bits.
 //
 // A row of activations becomes int16 codes with one f32 scale, 15 bits where bf16 has 8. Dots of
 // weight and activation codes are exact integers and everything after them happens in one fixed
 // order of f32 operations, so that a result depends on its row of weights and its row of
 // activations alone: never on the number of rows beside it, of threads, or on the level of the
-// instruction set. quant_kernels.h defines the product to the bit.
+// instruction set. quant_kernels.h defines the product to the bit. Eight bits, with a scale for
+// every 32 columns, are what other engines use: twice as fast where arithmetic is the limit, with
+// an error a thousand times as large, and as reproducible.
 //
 // Weights are repacked without loss at load: sixteen rows are interleaved, so that a vector holds
 // sixteen rows' codes and no horizontal sum is needed. Matrices that are packed one after the other
@@ -21,30 +23,38 @@
 
 namespace moru {
 
-// Activations [m, k] as int16 codes, one scale a row: x ≈ scale · code. k is a multiple of 32.
+enum class Activations { int16, int8 };
+
+// Activations [m, k] as int16 codes, one scale a row: x ≈ scale · code; or as int8 codes, one scale
+// for each 32 columns. k is a multiple of 32.
 class QuantizedRows {
  public:
+  explicit QuantizedRows(Activations kind = Activations::int16) : kind_(kind) {}
   // Allocates only when m · k grows beyond what it was before.
   void resize(size_t m, size_t k);
   // Row i = round-to-nearest-even(x · (32639 / max|x|)), scale = max|x| / 32639, with x: [k].
   // A row whose largest magnitude is below 2^-100 counts as zero; one that holds an infinity or a
-  // NaN gets a NaN scale, so every product with it is NaN. Different rows may be set at once by
-  // different threads.
+  // NaN gets a NaN scale, so every product with it is NaN. With int8 the same for each 32 columns
+  // and 127. Different rows may be set at once by different threads.
   void set_row(size_t i, const float* x);
 
   size_t rows() const { return m_; }
   size_t cols() const { return k_; }
+  Activations kind() const { return kind_; }
+  // int16 only:
   std::span<const int16_t> codes(size_t i) const { return {codes_ + i * stride_, k_}; }
   float scale(size_t i) const { return scales_[i]; }
 
  private:
   friend struct QuantizedRowsView;
+  Activations kind_;
   PageBuffer memory_;
   size_t m_ = 0, k_ = 0, stride_ = 0;
-  int16_t* codes_ = nullptr;                       // [m, stride]
-  int8_t* digits_ = nullptr;                       // [m, 2 stride]; null for many rows
-  float* scales_ = nullptr;                        // [m]
-  int32_t *sums16_ = nullptr, *sums32_ = nullptr;  // [m, k / 16], [m, k / 32]: sums of codes
+  int16_t* codes_ = nullptr;                         // [m, stride]; null where no kernel reads them
+  int8_t* digits_ = nullptr;                         // [m, 2 stride], int8: [m, stride]; likewise
+  float* scales_ = nullptr;                          // [m], int8: [m, k / 32]
+  int32_t *sums16_ = nullptr, *sums32_ = nullptr;    // [m, k / 16], [m, k / 32]: sums of codes
+  float *scaled16_ = nullptr, *scaled32_ = nullptr;  // int8: the same, scaled
 };
 
 // x: [m, k] with distance ldx between rows.

@@ -76,37 +76,53 @@ std::vector<Isa> levels() {  // that this processor has
   return out;
 }
 
-// Activations quantized by the definition.
-struct Activations {
+// Activations quantized by the definition, in every form that some level reads.
+struct Rows {
+  Activations kind;
   size_t m, k;
   std::vector<float> x;
   std::vector<int16_t> codes;
   std::vector<int8_t> digits;
   std::vector<int32_t> sums16, sums32;
-  std::vector<float> scales;
+  std::vector<float> scales, scaled16, scaled32;
 
-  Activations(size_t rows, size_t cols, uint64_t seed)
-      : m(rows),
+  Rows(size_t rows, size_t cols, uint64_t seed, Activations activations = Activations::int16)
+      : kind(activations),
+        m(rows),
         k(cols),
         x(random_floats(rows * cols, seed)),
         codes(rows * cols),
         digits(rows * cols * 2),
         sums16(rows * cols / 16),
         sums32(rows * cols / 32),
-        scales(rows) {
-    for (size_t i = 0; i < m; ++i)
-      scales[i] = quant_kernels_scalar().quantize(&x[i * k], k, &codes[i * k], &digits[i * 2 * k],
-                                                  &sums16[i * k / 16], &sums32[i * k / 32]);
+        scales(rows * cols / 32),
+        scaled16(rows * cols / 16),
+        scaled32(rows * cols / 32) {
+    for (size_t i = 0; i < m; ++i) {
+      const size_t at16 = i * k / 16, at32 = i * k / 32;
+      if (kind == Activations::int8)
+        quant_kernels_scalar().quantize8(
+            &x[i * k], k,
+            {&codes[i * k], &digits[i * k], &scales[at32], &sums16[at16], &sums32[at32],
+             &scaled16[at16], &scaled32[at32]});
+      else
+        scales[i] = quant_kernels_scalar().quantize(&x[i * k], k, &codes[i * k], &digits[i * 2 * k],
+                                                    &sums16[at16], &sums32[at32]);
+    }
   }
   Tokens tokens(size_t block, size_t first, size_t count) const {
-    const int32_t* sums = block == 16 ? sums16.data() : sums32.data();
-    return {codes.data() + first * k,
-            k,
-            digits.data() + first * 2 * k,
-            sums + first * (k / block),
-            k / block,
-            scales.data() + first,
-            count};
+    const bool narrow = kind == Activations::int8;
+    Tokens out{};
+    out.codes = codes.data() + first * k;
+    out.stride = k;
+    out.digits = digits.data() + first * (narrow ? k : 2 * k);
+    out.sums = (block == 16 ? sums16.data() : sums32.data()) + first * (k / block);
+    out.sums_stride = k / block;
+    out.scales = scales.data() + first * (narrow ? k / 32 : 1);
+    out.unit_stride = k / 32;
+    out.scaled_sums = (block == 16 ? scaled16.data() : scaled32.data()) + first * (k / block);
+    out.count = count;
+    return out;
   }
 };
 
@@ -128,13 +144,14 @@ struct Packed {
 };
 
 // y of every token by the direct kernel, tokens in groups of at most four; y starts as `before`.
-std::vector<float> direct(const QuantKernels& kernels, const Packed& w, const Activations& x,
+std::vector<float> direct(const QuantKernels& kernels, const Packed& w, const Rows& x,
                           const std::vector<float>* before = nullptr) {
   std::vector<float> y = before ? *before : std::vector<float>(x.m * w.rows, -1);
+  const FormatKernels& own = kernels.formats[panel_format_index(w.type)];
+  const DirectKernel multiply = x.kind == Activations::int8 ? own.direct8 : own.direct;
   for (size_t t = 0; t < x.m; t += kDirectTokens)
-    kernels.formats[panel_format_index(w.type)].direct(
-        w.panels(), x.tokens(w.format().block, t, std::min(kDirectTokens, x.m - t)),
-        {&y[t * w.rows], w.rows, before != nullptr});
+    multiply(w.panels(), x.tokens(w.format().block, t, std::min(kDirectTokens, x.m - t)),
+             {&y[t * w.rows], w.rows, before != nullptr});
   return y;
 }
 
@@ -149,20 +166,23 @@ struct StripeMemory {
   }
 };
 
-std::vector<float> by_stripes(const QuantKernels& kernels, const Packed& w, const Activations& x,
+std::vector<float> by_stripes(const QuantKernels& kernels, const Packed& w, const Rows& x,
                               const std::vector<float>* before = nullptr) {
   std::vector<float> y = before ? *before : std::vector<float>(x.m * w.rows, -1);
   StripeMemory memory(w.cols, kStripeRows);
+  const bool narrow = x.kind == Activations::int8;
+  const FormatKernels& own = kernels.formats[panel_format_index(w.type)];
+  const UnpackKernel unpack = narrow ? own.unpack8 : own.unpack;
+  const auto& multiply = narrow ? kernels.stripe8 : kernels.stripe;
   for (size_t row = 0; row < w.rows; row += kStripeRows) {
     const size_t rows = std::min(kStripeRows, w.rows - row);
     for (size_t half = 0; 16 * half < rows; ++half) {
       const uint8_t* panel = &w.data[(row / 16 + half) * w.size.bytes];
-      kernels.formats[panel_format_index(w.type)].unpack(panel, panel + w.size.codes_at,
-                                                         w.cols / 32, memory.stripe(16 * half));
+      unpack(panel, panel + w.size.codes_at, w.cols / 32, memory.stripe(16 * half));
     }
-    kernels.stripe[w.format().block == 16][w.format().has_min](
-        memory.stripe(), w.cols, rows, x.tokens(w.format().block, 0, x.m),
-        {&y[row], w.rows, before != nullptr});
+    multiply[w.format().block == 16][w.format().has_min](memory.stripe(), w.cols, rows,
+                                                         x.tokens(w.format().block, 0, x.m),
+                                                         {&y[row], w.rows, before != nullptr});
   }
   return y;
 }
@@ -183,6 +203,13 @@ struct Quantized {
   bool operator==(const Quantized&) const = default;
 };
 
+struct Quantized8 {
+  std::vector<float> codes;  // as the level's kernels read them, in the order of columns
+  std::vector<uint32_t> scales;
+  std::vector<int32_t> sums;
+  bool operator==(const Quantized8&) const = default;
+};
+
 size_t cols_unit(DType type) { return traits(type).block; }
 
 }  // namespace
@@ -195,7 +222,7 @@ TEST_CASE("the scalar product is the product of the dequantized weights, within 
     std::vector<float> values(rows * cols);
     dequantize(type, tensor, values);
     const Packed w(type, rows, cols, tensor);
-    const Activations x(m, cols, 2);
+    const Rows x(m, cols, 2);
     const std::vector<float> y = direct(quant_kernels_scalar(), w, x);
     const size_t block = w.format().block;
     for (size_t r = 0; r < rows; ++r) {
@@ -231,33 +258,64 @@ TEST_CASE("the scalar product is the product of the dequantized weights, within 
   }
 }
 
+TEST_CASE("with 8 bits, too, the scalar product is that of the dequantized numbers") {
+  for (const DType type : kTypes) {
+    CAPTURE(traits(type).name);
+    const size_t rows = 17, cols = 512, m = 2;
+    const auto tensor = random_tensor(type, rows, cols, 1);
+    std::vector<float> values(rows * cols);
+    dequantize(type, tensor, values);
+    const Packed w(type, rows, cols, tensor);
+    const Rows x(m, cols, 2, Activations::int8);
+    const std::vector<float> y = direct(quant_kernels_scalar(), w, x);
+    for (size_t r = 0; r < rows; ++r)
+      for (size_t t = 0; t < m; ++t) {
+        double exact = 0, summed = 0;
+        for (size_t c = 0; c < cols; ++c) {
+          const double activation =
+              double{x.scales[t * cols / 32 + c / 32]} * double{1.0 * x.codes[t * cols + c]};
+          // Half a code of the unit's largest activation, which has code 127.
+          CHECK(std::abs(activation - double{x.x[t * cols + c]}) <=
+                double{x.scales[t * cols / 32 + c / 32]} * 0.501);
+          exact += double{values[r * cols + c]} * activation;
+          summed += std::abs(double{values[r * cols + c]} * activation);
+        }
+        // At most six roundings of a block's part, one addition each for 2 · 32 blocks. Parts of
+        // a block with a minimum may be larger than their sum, by 31 to 1 at most.
+        CHECK(std::abs(y[t * rows + r] - exact) <= 80 * 32 * summed * 0x1p-24);
+      }
+  }
+}
+
 TEST_CASE("every level and both kernels give the scalar product's bits") {
   for (const DType type : kTypes) {
-    for (const size_t rows : {1, 15, 16, 17, 31, 32, 33, 50}) {
-      for (const size_t blocks : {1, 2, 3}) {
-        const size_t cols = blocks * cols_unit(type), m = rows == 17 ? 14 : 5;
-        CAPTURE(traits(type).name);
-        CAPTURE(rows);
-        CAPTURE(cols);
-        const auto tensor = random_tensor(type, rows, cols, rows * 10 + blocks);
-        const Packed w(type, rows, cols, tensor);
-        for (size_t count = 1; count <= m; ++count) {
-          const Activations x(count, cols, 3);
-          const std::vector<float> expected = direct(quant_kernels_scalar(), w, x);
-          const std::vector<float> before = random_floats(count * rows, 4);
-          const std::vector<float> added = direct(quant_kernels_scalar(), w, x, &before);
-          for (const Isa level : levels()) {
-            CAPTURE(name_of(level));
-            CAPTURE(count);
-            const QuantKernels& kernels = quant_kernels(level);
-            CHECK(same_bits(direct(kernels, w, x), expected));
-            CHECK(same_bits(by_stripes(kernels, w, x), expected));
-            CHECK(same_bits(direct(kernels, w, x, &before), added));
-            CHECK(same_bits(by_stripes(kernels, w, x, &before), added));
+    for (const Activations kind : {Activations::int16, Activations::int8})
+      for (const size_t rows : {1, 15, 16, 17, 31, 32, 33, 50}) {
+        for (const size_t blocks : {1, 2, 3}) {
+          const size_t cols = blocks * cols_unit(type), m = rows == 17 ? 14 : 5;
+          CAPTURE(traits(type).name);
+          CAPTURE(rows);
+          CAPTURE(cols);
+          const auto tensor = random_tensor(type, rows, cols, rows * 10 + blocks);
+          const Packed w(type, rows, cols, tensor);
+          for (size_t count = 1; count <= m; ++count) {
+            const Rows x(count, cols, 3, kind);
+            CAPTURE(kind == Activations::int8);
+            const std::vector<float> expected = direct(quant_kernels_scalar(), w, x);
+            const std::vector<float> before = random_floats(count * rows, 4);
+            const std::vector<float> added = direct(quant_kernels_scalar(), w, x, &before);
+            for (const Isa level : levels()) {
+              CAPTURE(name_of(level));
+              CAPTURE(count);
+              const QuantKernels& kernels = quant_kernels(level);
+              CHECK(same_bits(direct(kernels, w, x), expected));
+              CHECK(same_bits(by_stripes(kernels, w, x), expected));
+              CHECK(same_bits(direct(kernels, w, x, &before), added));
+              CHECK(same_bits(by_stripes(kernels, w, x, &before), added));
+            }
           }
         }
       }
-    }
   }
 }
 
@@ -333,47 +391,88 @@ TEST_CASE("every level quantizes activations alike: ties, zeros, subnormals, inf
   CHECK(ties.codes[39] == -2);  // -1.5
 }
 
+TEST_CASE("every level quantizes to 8 bits alike, unit by unit") {
+  const size_t k = 160;
+  std::vector<float> x = random_floats(k, 21);
+  std::fill_n(&x[32], 32, -0.0f);
+  std::fill_n(&x[64], 32, 0x1p-101f);
+  x[100] = INFINITY;
+  for (size_t i = 0; i < 32; ++i) x[128 + i] = i == 0 ? 127.0f : static_cast<float>(i) - 16.5f;
+  const auto quantized = [&](const QuantKernels& kernels) {
+    std::vector<int16_t> codes(k);
+    std::vector<int8_t> digits(k);
+    std::vector<float> scales(k / 32), scaled16(k / 16), scaled32(k / 32);
+    std::vector<int32_t> sums16(k / 16), sums32(k / 32);
+    kernels.quantize8(
+        x.data(), k,
+        {kernels.codes8 ? codes.data() : nullptr, kernels.codes8 ? nullptr : digits.data(),
+         scales.data(), sums16.data(), sums32.data(), scaled16.data(), scaled32.data()});
+    Quantized8 result;
+    for (size_t i = 0; i < k; ++i) {
+      const size_t place = i / 4 * 4 + (i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4);
+      result.codes.push_back(kernels.codes8 ? codes[i] : digits[place]);
+    }
+    for (const auto* floats : {&scales, &scaled16, &scaled32})
+      for (const float f : *floats) result.scales.push_back(std::bit_cast<uint32_t>(f));
+    for (const auto* sums : {&sums16, &sums32})
+      result.sums.insert(result.sums.end(), sums->begin(), sums->end());
+    return result;
+  };
+  const Quantized8 expected = quantized(quant_kernels_scalar());
+  for (const Isa level : levels()) {
+    CAPTURE(name_of(level));
+    CHECK(quantized(quant_kernels(level)) == expected);
+  }
+  CHECK(expected.codes[128] == 127);
+  CHECK(expected.codes[129] == -16);  // −15.5, a tie
+  CHECK(expected.codes[130] == -14);  // −14.5
+  CHECK(std::isnan(std::bit_cast<float>(expected.scales[3])));
+  CHECK(expected.scales[1] == 0);
+}
+
 TEST_CASE("a product has the same bits for any number of threads, rows beside it and products") {
-  for (const DType type : {DType::q4_1, DType::q5_0, DType::q8_0, DType::q4_k, DType::q6_k}) {
-    CAPTURE(traits(type).name);
-    const size_t rows = 530, cols = 512, m_max = 600;
-    const auto tensor = random_tensor(type, rows, cols, 6);
-    const Packed packed(type, rows, cols, tensor);
-    const std::vector<float> x = random_floats(m_max * cols, 7);
-    Pool one(1);
-    QuantizedRows quantized;
-    std::vector<float> all(m_max * rows);
-    const QuantMatrix w = QuantMatrix::pack(one, type, rows, cols, tensor);
-    CHECK(w.rows() == rows);
-    CHECK(w.cols() == cols);
-    quantize_rows(one, x.data(), cols, m_max, cols, quantized);
-    matmul(one, quantized, w, all.data(), rows);
-    for (const size_t threads : {1, 2, 4}) {
-      Pool pool(threads);
-      const QuantMatrix again = QuantMatrix::pack(pool, type, rows, cols, tensor);
-      for (const size_t m :
-           {1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 31, 32, 33, 512, 513, 600}) {
-        CAPTURE(threads);
-        CAPTURE(m);
-        quantize_rows(pool, x.data(), cols, m, cols, quantized);
-        CHECK(quantized.rows() == m);
-        // Two products of one phase, the second into a wider y.
-        const size_t ld = rows + 3;
-        std::vector<float> first(m * rows), second(m * ld, 0.5f);
-        const QuantProduct products[] = {{&w, first.data(), rows}, {&again, second.data(), ld}};
-        matmul(pool, quantized, products);
-        CHECK(same_bits(first, std::span(all).first(m * rows)));
-        bool same = true, untouched = true;
-        for (size_t i = 0; i < m; ++i) {
-          same &= same_bits(std::span(second).subspan(i * ld, rows),
-                            std::span(all).subspan(i * rows, rows));
-          for (size_t c = rows; c < ld; ++c) untouched &= second[i * ld + c] == 0.5f;
+  for (const Activations kind : {Activations::int16, Activations::int8})
+    for (const DType type : {DType::q4_1, DType::q5_0, DType::q8_0, DType::q4_k, DType::q6_k}) {
+      CAPTURE(kind == Activations::int8);
+      CAPTURE(traits(type).name);
+      const size_t rows = 530, cols = 512, m_max = 600;
+      const auto tensor = random_tensor(type, rows, cols, 6);
+      const Packed packed(type, rows, cols, tensor);
+      const std::vector<float> x = random_floats(m_max * cols, 7);
+      Pool one(1);
+      QuantizedRows quantized(kind);
+      std::vector<float> all(m_max * rows);
+      const QuantMatrix w = QuantMatrix::pack(one, type, rows, cols, tensor);
+      CHECK(w.rows() == rows);
+      CHECK(w.cols() == cols);
+      quantize_rows(one, x.data(), cols, m_max, cols, quantized);
+      matmul(one, quantized, w, all.data(), rows);
+      for (const size_t threads : {1, 2, 4}) {
+        Pool pool(threads);
+        const QuantMatrix again = QuantMatrix::pack(pool, type, rows, cols, tensor);
+        for (const size_t m :
+             {1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 31, 32, 33, 512, 513, 600}) {
+          CAPTURE(threads);
+          CAPTURE(m);
+          quantize_rows(pool, x.data(), cols, m, cols, quantized);
+          CHECK(quantized.rows() == m);
+          // Two products of one phase, the second into a wider y.
+          const size_t ld = rows + 3;
+          std::vector<float> first(m * rows), second(m * ld, 0.5f);
+          const QuantProduct products[] = {{&w, first.data(), rows}, {&again, second.data(), ld}};
+          matmul(pool, quantized, products);
+          CHECK(same_bits(first, std::span(all).first(m * rows)));
+          bool same = true, untouched = true;
+          for (size_t i = 0; i < m; ++i) {
+            same &= same_bits(std::span(second).subspan(i * ld, rows),
+                              std::span(all).subspan(i * rows, rows));
+            for (size_t c = rows; c < ld; ++c) untouched &= second[i * ld + c] == 0.5f;
+          }
+          CHECK(same);
+          CHECK(untouched);
         }
-        CHECK(same);
-        CHECK(untouched);
       }
     }
-  }
 }
 
 TEST_CASE("adding to y is one fused multiply-add after the product") {
