@@ -23,6 +23,8 @@ using dnnl::memory;
 // 512 rows amortise the packing of the weights inside a call; 192 columns of them stay in L2.
 constexpr size_t kTileRows = 512;
 constexpr size_t kTileCols = 192;
+// Rows of a tile where several products share a phase.
+constexpr size_t kSharedTileRows = 256;
 
 const dnnl::engine& engine() {
   static const dnnl::engine one = [] {
@@ -128,20 +130,25 @@ struct Operand {
   }
 };
 
-// y [m, n] = a [m, k] · b [k, n], tile by tile.
-void multiply(Pool& pool, const Operand& a, const Operand& b, size_t m, size_t n, size_t k,
-              const DenseTarget& y) {
-  MORU_CHECK(a.type == b.type);
-  MORU_CHECK(!y.accumulate || (y.type == DType::f32 && y.scale == 1));
-  if (m == 0 || n == 0) return;
-  const size_t row_tiles = (m + kTileRows - 1) / kTileRows;
-  const size_t col_tiles = (n + kTileCols - 1) / kTileCols;
-  pool.each(row_tiles * col_tiles, [&](size_t tile) {
+// y [m, n] = a [m, k] · b [k, n], as tiles of at most `tile_rows` rows.
+struct Grid {
+  Operand a, b;
+  size_t m, n, k;
+  DenseTarget y;
+  size_t tile_rows;
+
+  size_t row_tiles() const { return (m + tile_rows - 1) / tile_rows; }
+  size_t tiles() const { return row_tiles() * ((n + kTileCols - 1) / kTileCols); }
+  void check() const {
+    MORU_CHECK(a.type == b.type);
+    MORU_CHECK(!y.accumulate || (y.type == DType::f32 && y.scale == 1));
+  }
+  void run(size_t tile) const {
     // Neighbouring items share the weights' stripe, which stays in the cache.
-    const size_t row = tile % row_tiles * kTileRows, col = tile / row_tiles * kTileCols;
+    const size_t row = tile % row_tiles() * tile_rows, col = tile / row_tiles() * kTileCols;
     const Shape shape{.in = a.type,
                       .out = y.type,
-                      .m = std::min(kTileRows, m - row),
+                      .m = std::min(tile_rows, m - row),
                       .n = std::min(kTileCols, n - col),
                       .k = k,
                       .src = {a.row_stride, a.col_stride},
@@ -151,7 +158,15 @@ void multiply(Pool& pool, const Operand& a, const Operand& b, size_t m, size_t n
                       .scale = y.scale};
     run_tile(shape, a.at(row, 0), b.at(0, col),
              static_cast<std::byte*>(y.data) + (row * y.ld + col) * size_of(y.type));
-  });
+  }
+};
+
+void multiply(Pool& pool, const Operand& a, const Operand& b, size_t m, size_t n, size_t k,
+              const DenseTarget& y) {
+  const Grid grid{a, b, m, n, k, y, kTileRows};
+  grid.check();
+  if (m == 0 || n == 0) return;
+  pool.each(grid.tiles(), [&](size_t tile) { grid.run(tile); });
 }
 
 Operand plain(const DenseView& view) { return {view.data, view.type, view.ld, 1}; }
@@ -162,6 +177,26 @@ Operand transposed(const DenseView& view) { return {view.data, view.type, 1, vie
 void matmul_nt(Pool& pool, const DenseView& x, const DenseView& w, const DenseTarget& y) {
   MORU_CHECK(x.cols == w.cols);
   multiply(pool, plain(x), transposed(w), x.rows, w.rows, x.cols, y);
+}
+
+void matmul_nt(Pool& pool, const DenseView& x, std::span<const DenseProduct> products) {
+  if (x.rows == 0) return;
+  const auto grid_of = [&](const DenseProduct& p) {
+    return Grid{plain(x), transposed(p.w), x.rows, p.w.rows, x.cols, p.y, kSharedTileRows};
+  };
+  size_t tiles = 0;
+  for (const DenseProduct& p : products) {
+    MORU_CHECK(x.cols == p.w.cols);
+    grid_of(p).check();
+    tiles += grid_of(p).tiles();
+  }
+  pool.each(tiles, [&](size_t tile) {
+    for (const DenseProduct& p : products) {
+      const Grid grid = grid_of(p);
+      if (tile < grid.tiles()) return grid.run(tile);
+      tile -= grid.tiles();
+    }
+  });
 }
 
 void matmul_nn(Pool& pool, const DenseView& x, const DenseView& w, const DenseTarget& y) {

@@ -39,6 +39,13 @@ struct DenseTarget {
 // y [m, n] = x [m, k] · w [n, k]ᵀ       a linear layer forward
 // x and w have the same type.
 void matmul_nt(Pool& pool, const DenseView& x, const DenseView& w, const DenseTarget& y);
+// Several products of the same activations in one parallel phase, on a finer grid, for steps of
+// inference: q, k and v of a small model are few tiles, and a phase ends with its last one.
+struct DenseProduct {
+  DenseView w;
+  DenseTarget y;
+};
+void matmul_nt(Pool& pool, const DenseView& x, std::span<const DenseProduct> products);
 // y [m, k] = x [m, n] · w [n, k]        its input gradient: x = dY, y = dX
 void matmul_nn(Pool& pool, const DenseView& x, const DenseView& w, const DenseTarget& y);
 // y [n, k] = a [m, n]ᵀ · x [m, k]       a weight gradient: a = dY

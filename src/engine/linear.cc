@@ -1,7 +1,6 @@
 #include "engine/linear.h"
 
 #include "base/error.h"
-#include "engine/dense.h"
 #include "engine/row_ops.h"
 
 namespace moru {
@@ -11,6 +10,8 @@ void Operand::reserve(size_t m, size_t k) {
   bf16_.reserve(m * k);
   quant_products_.reserve(4);
   few_rows_products_.reserve(4);
+  f32_products_.reserve(4);
+  bf16_products_.reserve(4);
 }
 
 void Operand::set(const float* x, size_t m, size_t k) {
@@ -24,40 +25,43 @@ void Operand::multiply(Pool& pool, std::initializer_list<LinearProduct> products
   if (m_ == 0) return;
   quant_products_.clear();
   few_rows_products_.clear();
+  f32_products_.clear();
+  bf16_products_.clear();
   for (const LinearProduct& p : products) {
+    const bool add = p.store == Store::add;
     if (const QuantMatrix* w = p.w->quantized()) {
       quant_products_.push_back({.w = w, .y = p.y, .ldy = p.ldy, .store = p.store});
       continue;
     }
     const DenseMatrix* w = p.w->dense();
     MORU_CHECK(w != nullptr);
-    const DenseTarget target{.data = p.y, .ld = p.ldy, .accumulate = p.store == Store::add};
+    const DenseTarget target{.data = p.y, .ld = p.ldy, .accumulate = add};
     if (w->type == DType::f32) {
-      matmul_nt(pool, DenseView::f32(x_, m_, k_), DenseView::f32(w->f32(), w->rows, w->cols),
-                target);
-      continue;
+      f32_products_.push_back({DenseView::f32(w->f32(), w->rows, w->cols), target});
+    } else if (m_ <= kFewRows) {
+      few_rows_products_.push_back({w->bf16(), w->rows, p.y, p.ldy, add});
+    } else {
+      bf16_products_.push_back({DenseView::bf16(w->bf16(), w->rows, w->cols), target});
     }
-    if (!bf16_ready_) {
-      bf16_.resize(m_ * k_);
-      round_to_bf16(pool, x_, m_ * k_, bf16_.data());
-      bf16_ready_ = true;
-    }
-    if (m_ <= kFewRows) {
-      few_rows_products_.push_back(
-          {.w = w->bf16(), .rows = w->rows, .y = p.y, .ldy = p.ldy, .add = p.store == Store::add});
-      continue;
-    }
-    matmul_nt(pool, DenseView::bf16(bf16_.data(), m_, k_),
-              DenseView::bf16(w->bf16(), w->rows, w->cols), target);
   }
-  if (!few_rows_products_.empty())
-    multiply_few_rows(pool, bf16_.data(), m_, k_, few_rows_products_);
+  if (!f32_products_.empty()) matmul_nt(pool, DenseView::f32(x_, m_, k_), f32_products_);
+  if (!few_rows_products_.empty()) multiply_few_rows(pool, bf16(pool), m_, k_, few_rows_products_);
+  if (!bf16_products_.empty()) matmul_nt(pool, DenseView::bf16(bf16(pool), m_, k_), bf16_products_);
   if (quant_products_.empty()) return;
   if (!quantized_ready_) {
     quantize_rows(pool, x_, k_, m_, k_, quantized_);
     quantized_ready_ = true;
   }
   matmul(pool, quantized_, quant_products_);
+}
+
+const uint16_t* Operand::bf16(Pool& pool) {
+  if (!bf16_ready_) {
+    bf16_.resize(m_ * k_);
+    round_to_bf16(pool, x_, m_ * k_, bf16_.data());
+    bf16_ready_ = true;
+  }
+  return bf16_.data();
 }
 
 }  // namespace moru

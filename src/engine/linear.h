@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/threads.h"
+#include "engine/dense.h"
 #include "engine/few_rows.h"
 #include "engine/model.h"
 #include "engine/quant_matrix.h"
@@ -34,6 +35,8 @@ class Operand {
   void multiply(Pool& pool, std::initializer_list<LinearProduct> products);
 
  private:
+  const uint16_t* bf16(Pool& pool);  // the rows rounded, made when first asked for
+
   const float* x_ = nullptr;
   size_t m_ = 0, k_ = 0;
   bool quantized_ready_ = false, bf16_ready_ = false;
@@ -41,6 +44,7 @@ class Operand {
   std::vector<uint16_t> bf16_;
   std::vector<QuantProduct> quant_products_;
   std::vector<FewRowsProduct> few_rows_products_;
+  std::vector<DenseProduct> f32_products_, bf16_products_;
 };
 
 }  // namespace moru

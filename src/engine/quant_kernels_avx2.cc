@@ -34,6 +34,9 @@ MORU_INLINE Half select(Half mask, Half a, Half b) {
   return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
 }
 
+// The compiler otherwise reorders integer sums for parallelism and runs out of 16 registers.
+MORU_INLINE void keep_order(Half& sum) { asm("" : "+x"(sum)); }
+
 // Shifts right by kBits, or left where it is negative; bits that cross bytes are masked by callers.
 template <int kBits>
 MORU_INLINE Half shifted(Half v) {
@@ -327,6 +330,7 @@ MORU_INLINE void add_quads(const uint8_t* unit, const int16_t* x, size_t stride,
       const int16_t* at = x + static_cast<size_t>(t) * stride + 4 * (kFirst + i);
       dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(even, broadcast(at)));
       dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(odd, broadcast(at + 2)));
+      keep_order(dots[t]);
     }
   }
 }
@@ -394,6 +398,7 @@ void direct_tokens(const Panels& panels, const Tokens& tokens, const Target& y) 
         const size_t first = kEach * u, last = kEach * u + kEach - 1;
 #pragma GCC unroll 1
         for (size_t h = 0; h < 2; ++h) {
+          asm("" : "+r"(x));  // or its broadcasts would be kept for both halves, in memory
           add_quads<C, 0>(unit + 32 * h, x, stride, dots);
           if constexpr (S::kBlock == 16)
             end_block<C, S, k8>(dots, scale[h][first], min[h][first], block, tokens, acc[h]);

@@ -89,9 +89,9 @@ void or_u32(uint8_t* p, size_t i, uint32_t bits) {
 // The four codes of a quad in a word's order, one a byte; arithmetic on all four at once below
 // never carries from one byte into another.
 uint32_t quad_of(const Codes& codes, size_t q) {
-  const uint8_t* c = &codes[4 * q];
-  return c[0] | static_cast<uint32_t>(c[2]) << 8 | static_cast<uint32_t>(c[1]) << 16 |
-         static_cast<uint32_t>(c[3]) << 24;
+  uint32_t c;
+  std::memcpy(&c, &codes[4 * q], sizeof c);
+  return (c & 0xff0000ff) | (c >> 8 & 0x0000ff00) | (c << 8 & 0x00ff0000);
 }
 
 template <DType kType>

@@ -35,6 +35,32 @@ double dot(size_t count, A&& a, B&& b) {
 
 }  // namespace
 
+TEST_CASE("products that share a phase are the products alone, for any number of threads") {
+  const size_t m = 300, k = 96, rows[] = {1, 192, 250};
+  const auto x = rounded(random_values(m * k, 1)), w = rounded(random_values(443 * k, 2));
+  std::vector<float> alone(m * 443), together(m * 443);
+  for (const size_t threads : {1, 2, 3}) {
+    Pool pool(threads);
+    std::vector<DenseProduct> products;
+    for (size_t i = 0, row = 0; i < 3; row += rows[i++]) {
+      const DenseView view = DenseView::bf16(w.data() + row * k, rows[i], k);
+      products.push_back({view, {.data = together.data() + row, .ld = 443}});
+      if (threads > 1) continue;
+      const DenseProduct single{view, {.data = alone.data() + row, .ld = 443}};
+      matmul_nt(pool, DenseView::bf16(x.data(), m, k), {&single, 1});
+    }
+    matmul_nt(pool, DenseView::bf16(x.data(), m, k), products);
+    REQUIRE(together == alone);
+    for (const size_t t : {size_t{0}, size_t{255}, size_t{256}, m - 1})
+      for (const size_t r : {0, 1, 192, 193, 442}) {
+        const double exact = dot(
+            k, [&](size_t i) { return f32_from_bf16(x[t * k + i]); },
+            [&](size_t i) { return f32_from_bf16(w[r * k + i]); });
+        CHECK(together[t * 443 + r] == doctest::Approx(exact).epsilon(1e-4));
+      }
+  }
+}
+
 TEST_CASE("the three products equal their definitions") {
   // Sums of k normal products: the rounding of f32 partial sums stays far below 1e-3 at k ≤ 700.
   for (const auto [m, n, k] : {std::array<size_t, 3>{1, 5, 3}, {17, 200, 64}, {600, 193, 65}}) {

@@ -38,7 +38,7 @@ std::vector<float> logits_in_parts(Engine& engine, std::span<const TokenId> ids,
 
 std::vector<size_t> random_parts(size_t total, Random& random) {
   // Sizes around the thresholds where kernels change, and anything else.
-  constexpr size_t kSizes[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65};
+  constexpr size_t kSizes[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65};
   std::vector<size_t> parts;
   while (total > 0) {
     const size_t part = std::min(total, kSizes[random.below(std::size(kSizes))]);
