@@ -68,11 +68,13 @@ def prefill_of(row):
 def measurements(args, run, model):
     """{row: {peer: [ways to measure it]}}; a way returns a rate, moru's a rate and its share of the limit."""
     llama, ik, avx2 = f"{PEERS}/bin", args.ik, args.llama_avx2
-    no_prompt, no_answer = ("-p", 0, "-n", 64, "-r", 3), ("-p", 512, "-n", 0, "-r", 3)
+    no_prompt, no_answer = ("-p", 0, "-n", 64, "-r", 2), ("-p", 512, "-n", 0, "-r", 2)
     deep = ("-d", CONTEXT, "-r", 1)
 
-    def pair(flags, read, ik_flags, depth=()):
+    def pair(flags, read, ik_flags, depth=(), int8=False):
         peers = {"moru": [lambda: read(run.moru(model, "-b", 1, *flags, *depth))],
+                 **({"moru int8": [lambda: read(run.moru(model, "-b", 1, *flags, *depth, "--activations", "int8"))]}
+                    if int8 and "BF16" not in model else {}),
                  "llama.cpp": [lambda fa=fa: run.llama(llama, model, *flags, *depth, "-fa", fa)
                                for fa in ((0, 1) if depth else ("auto",))]}
         if ik and ik_flags is not None:
@@ -105,8 +107,7 @@ def measurements(args, run, model):
 
     rows = {
         "decode": pair(no_prompt, decode_of, ()),
-        "prefill": pair(no_answer, prefill_of, ()),
-        "prefill int8": {k: v for k, v in pair(no_answer, prefill_of, ()).items() if k != "moru"},
+        "prefill": pair(no_answer, prefill_of, (), int8=True),
         "context decode": pair(("-p", 0, "-n", 32, "-r", 1), decode_of,
                                ("-p", 0, "-n", 0, "-gp", f"{CONTEXT},32", "-r", 1), deep),
         "context prefill": pair(("-p", 512, "-n", 0, "-r", 1), prefill_of, None, deep),
@@ -117,10 +118,6 @@ def measurements(args, run, model):
         "load": {"moru": [load]},
         "memory": {"moru": [memory]},
     }
-    rows["prefill int8"]["moru"] = [
-        lambda: prefill_of(run.moru(model, "-b", 1, *no_answer, "--activations", "int8"))]
-    if "BF16" in model:
-        del rows["prefill int8"]
     return {row: peers for row, peers in rows.items() if peers}
 
 
@@ -140,24 +137,26 @@ def measure(peers, rounds):
     return out
 
 
+def number(value):
+    return f"{value:,.0f}" if value >= 1000 else f"{value:,.1f}"
+
+
 def print_table(results):
     names = list(dict.fromkeys(name for _, name in results))
     rows = list(dict.fromkeys(row for row, _ in results))
     print("| what | file | moru | of the limit | llama.cpp | × | ik_llama.cpp | × |")
     print("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        for name in names:
-            got = results.get((row, name))
-            if got is None:
-                continue
-            mine, share = got["moru"]
-            cells = [f"{mine:.2f} {UNITS[row]}" if row in UNITS else f"{mine:,.1f}" if mine < 1000 else f"{mine:,.0f}",
-                     f"{100 * share:.0f} %" if share else ""]
-            for peer in ("llama.cpp", "ik"):
-                theirs = got.get(peer)
-                cells += [f"{theirs[0]:,.1f}" if theirs[0] < 1000 else f"{theirs[0]:,.0f}",
-                          f"{mine / theirs[0]:.2f}"] if theirs else ["", ""]
-            print(f"| {row} | {name} | " + " | ".join(cells) + " |", flush=True)
+    lines = [(row, name, own) for row in rows for own in ("moru", "moru int8") for name in names]
+    for row, name, own in lines:
+        got = results.get((row, name), {})
+        if own not in got:
+            continue
+        mine, share = got[own]
+        cells = [f"{mine:.2f} {UNITS[row]}" if row in UNITS else number(mine), f"{100 * share:.0f} %" if share else ""]
+        for peer in ("llama.cpp", "ik"):
+            theirs = got.get(peer)
+            cells += [number(theirs[0]), f"{mine / theirs[0]:.2f}"] if theirs else ["", ""]
+        print(f"| {row}{own.removeprefix('moru')} | {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main():
@@ -188,7 +187,6 @@ def main():
             if args.out:
                 with open(args.out, "w") as file:
                     json.dump({"/".join(key): value for key, value in results.items()}, file, indent=1)
-    print(json.loads(run.run([args.moru, "bench", "--machine", "--json"]))["machine"] if not wanted else "")
     print_table(results)
 
 

@@ -5,14 +5,15 @@
 #include "base/cpu.h"
 #include "base/error.h"
 #include "base/half.h"
+#include "base/pieces.h"
 #include "engine/few_rows_kernels.h"
 
 namespace moru {
 namespace {
 
-// Weights of one item of work: long enough to hide its start, short enough that threads finish
-// together. A multiple of the rows that a kernel takes at a time.
-constexpr size_t kItemBytes = 32 << 10;
+constexpr size_t kItemRows = 4;  // as many as a kernel takes at a time
+// No piece of a thread's work is smaller than this many bytes of weights.
+constexpr size_t kLeastBytes = 16 << 10;
 
 FewRowsKernel kernel() {
   switch (isa()) {
@@ -43,20 +44,23 @@ void few_rows_scalar(const uint16_t* x, size_t m, const uint16_t* w, size_t rows
 void multiply_few_rows(Pool& pool, const uint16_t* x, size_t m, size_t k,
                        std::span<const FewRowsProduct> products) {
   MORU_CHECK(m >= 1 && m <= kFewRows);
-  const size_t item_rows = std::max<size_t>(4, kItemBytes / (2 * k) / 4 * 4);
-  const auto items_of = [&](const FewRowsProduct& p) {
-    return (p.rows + item_rows - 1) / item_rows;
+  const auto items_of = [](const FewRowsProduct& p) {
+    return (p.rows + kItemRows - 1) / kItemRows;
   };
   size_t items = 0;
   for (const FewRowsProduct& p : products) items += items_of(p);
-  pool.each(items, [&](size_t item) {
+  const size_t least = std::max<size_t>(1, kLeastBytes / (2 * k * kItemRows));
+  each_piece(pool, items, least, [&](size_t begin, size_t end) {
+    size_t first = 0;  // of a product's items
     for (const FewRowsProduct& p : products) {
-      if (item < items_of(p)) {
-        const size_t row = item * item_rows;
-        return kernel()(x, m, p.w + row * k, std::min(item_rows, p.rows - row), k, p.y + row, p.ldy,
-                        p.add);
+      const size_t next = first + items_of(p);
+      const size_t from = std::max(begin, first), to = std::min(end, next);
+      if (from < to) {
+        const size_t row = (from - first) * kItemRows;
+        const size_t rows = std::min((to - first) * kItemRows, p.rows) - row;
+        kernel()(x, m, p.w + row * k, rows, k, p.y + row, p.ldy, p.add);
       }
-      item -= items_of(p);
+      first = next;
     }
   });
 }

@@ -514,6 +514,10 @@ void unpack(const uint8_t* record, const uint8_t* unit, size_t units, const Stri
   }
 }
 
+// Asks for a line of the result that will be written once the sums are done. It was last read by
+// either thread, so it must come from the other's cache, and stores wait for each other.
+MORU_INLINE void own_soon(const float* p) { asm volatile("prefetchw %0" : : "m"(*p)); }
+
 // Sums of a block of kTokens tokens with the rows of two words, for activations of 16 bits.
 template <size_t kBlock, int kTokens>
 MORU_INLINE void add_block(const int16_t* codes, const int16_t* x, size_t stride,
@@ -564,7 +568,13 @@ MORU_INLINE void stripe_tile(const Stripe& w, size_t cols, __mmask16 rows0, __mm
   const int16_t* codes = w.codes;
   const float *scales = w.scales, *mins = w.mins;
   __m512 acc0[kTokens], acc1[kTokens];
-  for (int t = 0; t < kTokens; ++t) acc0[t] = acc1[t] = _mm512_setzero_ps();
+  for (int t = 0; t < kTokens; ++t) {
+    acc0[t] = acc1[t] = _mm512_setzero_ps();
+    if constexpr (!A::k8) {  // where a tile is over too soon it does not pay
+      own_soon(y.y + (first + static_cast<size_t>(t)) * y.ldy);
+      own_soon(y.y + (first + static_cast<size_t>(t)) * y.ldy + 16);
+    }
+  }
   const size_t blocks = cols / kBlock;
   for (size_t block = 0; block < blocks; ++block) {
     Word dot0[kTokens], dot1[kTokens];
@@ -620,21 +630,30 @@ MORU_INLINE void stripe_tile(const Stripe& w, size_t cols, __mmask16 rows0, __mm
 template <size_t kBlock, bool kMin, typename A>
 void stripe(const Stripe& w, size_t cols, size_t rows, const Tokens& x, const Target& y) noexcept {
   const __mmask16 rows0 = first_rows(rows), rows1 = first_rows(rows > 16 ? rows - 16 : 0);
-  size_t t = 0;
-  for (; t + 6 <= x.count; t += 6) stripe_tile<kBlock, kMin, A, 6>(w, cols, rows0, rows1, x, t, y);
-  switch (x.count - t) {
-    case 1:
-      return stripe_tile<kBlock, kMin, A, 1>(w, cols, rows0, rows1, x, t, y);
-    case 2:
-      return stripe_tile<kBlock, kMin, A, 2>(w, cols, rows0, rows1, x, t, y);
-    case 3:
-      return stripe_tile<kBlock, kMin, A, 3>(w, cols, rows0, rows1, x, t, y);
-    case 4:
-      return stripe_tile<kBlock, kMin, A, 4>(w, cols, rows0, rows1, x, t, y);
-    case 5:
-      return stripe_tile<kBlock, kMin, A, 5>(w, cols, rows0, rows1, x, t, y);
-    default:
-      return;
+  for (size_t t = 0; t < x.count;) {
+    // Seven and eight are not left with a tile of one or two, which would wait for its own sums.
+    const size_t left = x.count - t, n = left == 7 || left == 8 ? 4 : left < 6 ? left : 6;
+    switch (n) {
+      case 1:
+        stripe_tile<kBlock, kMin, A, 1>(w, cols, rows0, rows1, x, t, y);
+        break;
+      case 2:
+        stripe_tile<kBlock, kMin, A, 2>(w, cols, rows0, rows1, x, t, y);
+        break;
+      case 3:
+        stripe_tile<kBlock, kMin, A, 3>(w, cols, rows0, rows1, x, t, y);
+        break;
+      case 4:
+        stripe_tile<kBlock, kMin, A, 4>(w, cols, rows0, rows1, x, t, y);
+        break;
+      case 5:
+        stripe_tile<kBlock, kMin, A, 5>(w, cols, rows0, rows1, x, t, y);
+        break;
+      default:
+        stripe_tile<kBlock, kMin, A, 6>(w, cols, rows0, rows1, x, t, y);
+        break;
+    }
+    t += n;
   }
 }
 

@@ -1,13 +1,13 @@
 #include "engine/quant_matrix.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <type_traits>
 
 #include "base/error.h"
+#include "base/pieces.h"
 #include "engine/quant_kernels.h"
 #include "engine/quant_pack.h"
 
@@ -227,25 +227,6 @@ void multiply_stripe(const QuantizedRows& x, const QuantProduct& p, size_t item)
       {p.y + t * p.ldy + row, p.ldy, p.store == Store::add});
 }
 
-// Calls work(begin, end) for pieces that cover [0, count): large ones first, so that a thread
-// mostly goes on where its prefetches have been, then ever smaller ones, so that threads finish
-// together even if one of them is slow.
-template <typename Work>
-void share_out(Pool& pool, size_t count, size_t least, Work&& work) {
-  if (count <= least || pool.size() == 1) return work(size_t{0}, count);
-  std::atomic<size_t> next{0};
-  pool.each(pool.size(), [&](size_t) {
-    size_t begin = next.load(std::memory_order_relaxed);
-    while (begin < count) {
-      const size_t share = (count - begin) / (2 * pool.size());
-      const size_t end = std::min(count, begin + std::max(share, least));
-      if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-      work(begin, end);
-      begin = next.load(std::memory_order_relaxed);
-    }
-  });
-}
-
 }  // namespace
 
 QuantMatrix QuantMatrix::pack(Pool& pool, DType type, size_t rows, size_t cols,
@@ -304,7 +285,7 @@ void matmul(Pool& pool, const QuantizedRows& x, std::span<const QuantProduct> pr
     items += items_of(*p.w, m);
     if (!by_stripes(m)) least = std::max(least, kLeastBytes / QuantMatrixView::panel_bytes(*p.w));
   }
-  share_out(pool, items, least, [&](size_t begin, size_t end) {
+  each_piece(pool, items, least, [&](size_t begin, size_t end) {
     size_t first = 0;  // of a product's items
     for (const QuantProduct& p : products) {
       const size_t next = first + items_of(*p.w, m);
