@@ -131,18 +131,19 @@ void training(Pool& pool, const MachineRates& limits, const std::vector<Model>& 
     const size_t ldq = s.heads * s.head_dim, ldkv = s.kv_heads * s.head_dim;
     for (const auto& [documents, length] :
          {std::pair<size_t, size_t>{58, 35}, {16, 128}, {4, 512}, {1, 2048}}) {
-      std::vector<size_t> starts = {0};
-      for (size_t i = 0; i < documents; ++i) starts.push_back(starts.back() + length);
-      const size_t tokens = starts.back();
+      std::vector<PackedDocument> packed;
+      for (size_t i = 0; i < documents; ++i)
+        packed.push_back({.first = i * length, .end = (i + 1) * length});
+      const size_t tokens = documents * length;
       const std::vector<float> q = normals(tokens * ldq), kv = normals(tokens * ldkv);
       std::vector<float> out(q.size()), lse(tokens * s.heads), dq(q.size()), dk(kv.size()),
           dv(kv.size());
       const double forward = best_seconds(0.2, [&] {
-        attend_packed(pool, s, starts, q.data(), ldq, kv.data(), kv.data(), ldkv, out.data(), ldq,
+        attend_packed(pool, s, packed, q.data(), ldq, kv.data(), kv.data(), ldkv, out.data(), ldq,
                       lse.data());
       });
       const double backward = best_seconds(0.2, [&] {
-        attend_packed_backward(pool, s, starts, q.data(), ldq, kv.data(), kv.data(), ldkv,
+        attend_packed_backward(pool, s, packed, q.data(), ldq, kv.data(), kv.data(), ldkv,
                                out.data(), q.data(), ldq, lse.data(), dq.data(), dk.data(),
                                dv.data());
       });

@@ -328,9 +328,9 @@ namespace {
 
 // Query tokens [first, first + tokens) of the document [start, end), one KV head.
 struct PackedItem {
-  size_t start, end;
+  PackedDocument document;
   uint32_t kv_head;
-  size_t first, tokens;  // relative to the document
+  size_t first, tokens;  // positions of its queries
   float *dk, *dv;        // backward: where sums of a part go; null: the result itself
 };
 
@@ -346,6 +346,17 @@ struct PackedCall {
   size_t group;
 };
 
+// Calls run(position, count, row) for the runs of neighbouring rows that hold positions [at, end).
+template <typename Run>
+void each_run(const PackedDocument& document, size_t at, size_t end, Run&& run) {
+  if (at < document.prefix) {
+    const size_t stop = std::min(end, document.prefix);
+    run(at, stop - at, document.row_of(at));
+    at = stop;
+  }
+  if (at < end) run(at, end - at, document.row_of(at));
+}
+
 void attend_packed_item(const PackedCall& call, const PackedItem& item) {
   const FloatKernels& kernels = float_kernels();
   const AttentionShape& shape = call.shape;
@@ -355,9 +366,12 @@ void attend_packed_item(const PackedCall& call, const PackedItem& item) {
   const bool alone = first_block + 1 == block_end;
 
   Scratch& scratch = item_scratch();
-  scratch.open(kKeyBlock * dim + BlockScratch::floats(rows, dim) +
+  // Values are read where they stand, unless a page of them may lie in two places.
+  const bool gathers = item.document.prefix != 0;
+  scratch.open((gathers ? 2 : 1) * kKeyBlock * dim + BlockScratch::floats(rows, dim) +
                (1 + call.group) * Rows::floats(rows, dim));
   float* panels = scratch.take(kKeyBlock * dim);
+  float* gathered = gathers ? scratch.take(kKeyBlock * dim) : nullptr;
   const BlockScratch room = take_block(scratch, rows, dim);
   const Rows part = take_rows(scratch, rows, dim);
   const Rows total = take_rows(scratch, call.group * rows, dim);
@@ -369,20 +383,27 @@ void attend_packed_item(const PackedCall& call, const PackedItem& item) {
     const void* value_pages[kPagesPerBlock];
     const size_t pages = ceil_div(keys, kKeyPage);
     for (size_t p = 0; p < pages; ++p) {
-      const size_t at = key + p * kKeyPage;
-      const size_t row = (item.start + at) * call.ldkv + item.kv_head * dim;
+      const size_t at = key + p * kKeyPage, end = std::min(at + kKeyPage, key + keys);
       float* panel = panels + p * kKeyPage * dim;
-      kernels.put_keys(call.k + row, call.ldkv, 0, std::min(kKeyPage, key + keys - at), dim, false,
-                       panel);
+      float* values = gathers ? gathered + p * kKeyPage * dim : nullptr;
+      each_run(item.document, at, end, [&](size_t position, size_t count, size_t row) {
+        const size_t from = row * call.ldkv + item.kv_head * dim;
+        kernels.put_keys(call.k + from, call.ldkv, position - at, count, dim, false, panel);
+        if (gathers)
+          kernels.put_values(call.v + from, call.ldkv, position - at, count, dim, false, values);
+        else
+          value_pages[p] = call.v + from;
+      });
       key_pages[p] = panel;
-      value_pages[p] = call.v + row;
+      if (gathers) value_pages[p] = values;
     }
     for (size_t t = 0; t < rows; ++t) {
       const size_t position = item.first + t;
       clip(first_seen(shape, position), position + 1, key, kKeyBlock, room.first[t], room.end[t]);
     }
     for (size_t g = 0; g < call.group; ++g) {
-      const size_t head = item.kv_head * call.group + g, row = item.start + item.first;
+      const size_t head = item.kv_head * call.group + g;
+      const size_t row = item.document.row_of(item.first);
       const AttendBlock block{.q = call.q + row * call.ldq + head * dim,
                               .ldq = call.ldq,
                               .rows = rows,
@@ -393,7 +414,7 @@ void attend_packed_item(const PackedCall& call, const PackedItem& item) {
                               .pages = pages,
                               .keys = key_pages,
                               .values = value_pages,
-                              .ldv = call.ldkv,
+                              .ldv = gathers ? dim : call.ldkv,
                               .next = nullptr,
                               .first = room.first,
                               .end = room.end,
@@ -442,18 +463,21 @@ void attend_packed_backward_item(const PackedBackward& call, const PackedItem& i
   const size_t dim = shape.head_dim, queries = item.tokens, page = kKeyPage * dim;
   const size_t query_end = item.first + queries;
   Scratch& scratch = item_scratch();
-  scratch.open(2 * page + 2 * Scratch::padded(kBackwardTokens * kKeyPage) +
+  const PackedDocument& document = item.document;
+  const bool gathers = document.prefix != 0;  // a page of keys may lie in two places
+  scratch.open((gathers ? 3 : 2) * page + 2 * Scratch::padded(kBackwardTokens * kKeyPage) +
                2 * Scratch::padded(kBackwardTokens) + 2 * call.group * Scratch::padded(queries));
   float *k_page = scratch.take(page), *v_page = scratch.take(page);
+  float* k_rows = gathers ? scratch.take(page) : nullptr;
   float* p = scratch.take(kBackwardTokens * kKeyPage);
   float* ds = scratch.take(kBackwardTokens * kKeyPage);
   auto* first = reinterpret_cast<uint32_t*>(scratch.take(kBackwardTokens));
   auto* end = reinterpret_cast<uint32_t*>(scratch.take(kBackwardTokens));
   float *lse = scratch.take(call.group * queries), *delta = scratch.take(call.group * queries);
 
-  const size_t kv_column = item.kv_head * dim, query_row = item.start + item.first;
-  float* dk = item.dk != nullptr ? item.dk : call.dk + item.start * call.ldkv + kv_column;
-  float* dv = item.dv != nullptr ? item.dv : call.dv + item.start * call.ldkv + kv_column;
+  const size_t kv_column = item.kv_head * dim, query_row = document.row_of(item.first);
+  float* dk = item.dk != nullptr ? item.dk : call.dk + document.first * call.ldkv + kv_column;
+  float* dv = item.dv != nullptr ? item.dv : call.dv + document.first * call.ldkv + kv_column;
   const size_t lddkv = item.dk != nullptr ? dim : call.ldkv;
   for (size_t t = 0; t < query_end; ++t) {
     std::fill_n(dk + t * lddkv, dim, 0.0f);
@@ -472,9 +496,16 @@ void attend_packed_backward_item(const PackedBackward& call, const PackedItem& i
   const size_t first_key = first_seen(shape, item.first) / kKeyPage * kKeyPage;
   for (size_t key = first_key; key < query_end; key += kKeyPage) {
     const size_t keys = std::min(kKeyPage, query_end - key);
-    const size_t kv = (item.start + key) * call.ldkv + kv_column;
-    kernels.put_keys(call.k + kv, call.ldkv, 0, keys, dim, false, k_page);
-    kernels.put_keys(call.v + kv, call.ldkv, 0, keys, dim, false, v_page);
+    const float* k = k_rows;
+    each_run(document, key, key + keys, [&](size_t position, size_t count, size_t row) {
+      const size_t from = row * call.ldkv + kv_column;
+      kernels.put_keys(call.k + from, call.ldkv, position - key, count, dim, false, k_page);
+      kernels.put_keys(call.v + from, call.ldkv, position - key, count, dim, false, v_page);
+      if (gathers)
+        kernels.put_values(call.k + from, call.ldkv, position - key, count, dim, false, k_rows);
+      else
+        k = call.k + from;
+    });
     // The first tile of queries that reaches this page.
     const size_t skipped = key > item.first ? (key - item.first) / kBackwardTokens : 0;
     for (size_t at = skipped * kBackwardTokens; at < queries; at += kBackwardTokens) {
@@ -497,8 +528,8 @@ void attend_packed_backward_item(const PackedBackward& call, const PackedItem& i
                                       .ldo = call.ldo,
                                       .lse = lse + g * queries + at,
                                       .delta = delta + g * queries + at,
-                                      .k = call.k + kv,
-                                      .ldkv = call.ldkv,
+                                      .k = k,
+                                      .ldkv = gathers ? dim : call.ldkv,
                                       .k_page = k_page,
                                       .v_page = v_page,
                                       .first = first,
@@ -517,60 +548,73 @@ void attend_packed_backward_item(const PackedBackward& call, const PackedItem& i
 
 }  // namespace
 
-void attend_packed(Pool& pool, const AttentionShape& shape, std::span<const size_t> starts,
-                   const float* q, size_t ldq, const float* k, const float* v, size_t ldkv,
-                   float* out, size_t ldo, float* lse) {
+namespace {
+
+void check(std::span<const PackedDocument> documents) {
+  size_t at = 0;
+  for (const PackedDocument& d : documents) {
+    MORU_CHECK(d.first == at && d.end >= d.first && d.prefix_first + d.prefix <= d.first);
+    at = d.end;
+  }
+}
+
+}  // namespace
+
+void attend_packed(Pool& pool, const AttentionShape& shape,
+                   std::span<const PackedDocument> documents, const float* q, size_t ldq,
+                   const float* k, const float* v, size_t ldkv, float* out, size_t ldo,
+                   float* lse) {
   check(shape);
+  check(documents);
   const PackedCall call{shape, q, ldq, k, v, ldkv, out, ldo, lse, shape.heads / shape.kv_heads};
   static thread_local std::vector<PackedItem> items;
   items.clear();
-  for (size_t d = 0; d + 1 < starts.size(); ++d) {
-    const size_t length = starts[d + 1] - starts[d];
-    for (size_t first = 0; first < length; first += kForwardTokens)
+  for (const PackedDocument& document : documents)
+    for (size_t first = document.prefix; first < document.positions(); first += kForwardTokens)
       for (size_t head = 0; head < shape.kv_heads; ++head)
-        items.push_back({.start = starts[d],
-                         .end = starts[d + 1],
+        items.push_back({.document = document,
                          .kv_head = static_cast<uint32_t>(head),
                          .first = first,
-                         .tokens = std::min(kForwardTokens, length - first),
+                         .tokens = std::min(kForwardTokens, document.positions() - first),
                          .dk = nullptr,
                          .dv = nullptr});
-  }
   const std::span<const PackedItem> work(items);
   pool.each(work.size(), [&](size_t i) { attend_packed_item(call, work[work.size() - 1 - i]); });
 }
 
-void attend_packed_backward(Pool& pool, const AttentionShape& shape, std::span<const size_t> starts,
-                            const float* q, size_t ldq, const float* k, const float* v, size_t ldkv,
-                            const float* out, const float* d_out, size_t ldo, const float* lse,
-                            float* dq, float* dk, float* dv) {
+void attend_packed_backward(Pool& pool, const AttentionShape& shape,
+                            std::span<const PackedDocument> documents, const float* q, size_t ldq,
+                            const float* k, const float* v, size_t ldkv, const float* out,
+                            const float* d_out, size_t ldo, const float* lse, float* dq, float* dk,
+                            float* dv) {
   check(shape);
+  check(documents);
   const PackedBackward call{shape, q,   ldq, k,  v,  ldkv, out,
                             d_out, ldo, lse, dq, dk, dv,   shape.heads / shape.kv_heads};
   const size_t dim = shape.head_dim;
   // A long document is up to four items per KV head, by query: the last writes dk and dv, which
-  // are complete but for the other items' parts; those are added afterwards, in order.
+  // are complete but for the other items' parts; those are added afterwards, in order. A document
+  // with a prefix is all parts: most of what it sees is another's.
   static thread_local std::vector<PackedItem> items, parts;
   items.clear();
   parts.clear();
   size_t part_floats = 0;
-  for (size_t d = 0; d + 1 < starts.size(); ++d) {
-    const size_t length = starts[d + 1] - starts[d];
+  for (const PackedDocument& document : documents) {
+    const size_t length = document.rows();
     if (length == 0) continue;
     const size_t chunks = std::min(kBackwardChunksMax, ceil_div(length, kBackwardChunk));
     const size_t chunk = ceil_div(ceil_div(length, chunks), kKeyPage) * kKeyPage;
-    for (size_t first = 0; first < length; first += chunk)
+    for (size_t at = 0; at < length; at += chunk)
       for (size_t head = 0; head < shape.kv_heads; ++head) {
-        const PackedItem item{.start = starts[d],
-                              .end = starts[d + 1],
+        const PackedItem item{.document = document,
                               .kv_head = static_cast<uint32_t>(head),
-                              .first = first,
-                              .tokens = std::min(chunk, length - first),
+                              .first = document.prefix + at,
+                              .tokens = std::min(chunk, length - at),
                               .dk = nullptr,
                               .dv = nullptr};
-        const bool last = first + chunk >= length;
-        (last ? items : parts).push_back(item);
-        if (!last) part_floats += 2 * (first + item.tokens) * dim;
+        const bool whole = document.prefix == 0 && at + chunk >= length;
+        (whole ? items : parts).push_back(item);
+        if (!whole) part_floats += 2 * (item.first + item.tokens) * dim;
       }
   }
   Scratch& shared = call_scratch();
@@ -585,12 +629,23 @@ void attend_packed_backward(Pool& pool, const AttentionShape& shape, std::span<c
         call, i < last.size() ? last[i] : earlier[last.size() + earlier.size() - 1 - i]);
   });
   if (parts.empty()) return;
-  // One item per (document, KV head): `last` has one each; its parts are in order of `first`.
+  // `last` has one item per document without a prefix and KV head: it takes the parts of its own
+  // document and of those that continue it, in order.
   pool.each(last.size(), [&](size_t i) {
+    const PackedDocument& document = last[i].document;
     for (const PackedItem& part : earlier) {
-      if (part.start != last[i].start || part.kv_head != last[i].kv_head) continue;
+      const PackedDocument& from = part.document;
+      const size_t base = from.prefix == 0 ? from.first : from.prefix_first;
+      if (part.kv_head != last[i].kv_head || base < document.first || base >= document.end)
+        continue;
+      const size_t column = part.kv_head * dim;
+      if (from.prefix != 0 && part.first == from.prefix)
+        for (size_t row = from.first; row < from.end; ++row) {
+          std::fill_n(dk + row * ldkv + column, dim, 0.0f);
+          std::fill_n(dv + row * ldkv + column, dim, 0.0f);
+        }
       for (size_t t = 0; t < part.first + part.tokens; ++t) {
-        const size_t to = (part.start + t) * ldkv + part.kv_head * dim;
+        const size_t to = from.row_of(t) * ldkv + column;
         float_kernels().add_scaled(part.dk + t * dim, dim, 1.0f, dk + to);
         float_kernels().add_scaled(part.dv + t * dim, dim, 1.0f, dv + to);
       }

@@ -35,20 +35,37 @@ void attend_cached(Pool& pool, const AttentionShape& shape, const KvCache& cache
                    std::span<const AttentionSpan> spans, const float* q, size_t ldq, float* out,
                    size_t ldo);
 
-// Training: documents [starts[i], starts[i+1]) of a packed row attend to themselves alone; the
-// block-diagonal mask never exists.
+// Rows [first, end) of a packed batch that attend to themselves, and before that to the `prefix`
+// rows from prefix_first on, which belong to an earlier document without a prefix: two answers to
+// one prompt share its rows. Positions count from the prefix's first row.
+struct PackedDocument {
+  size_t first = 0, end = 0;
+  size_t prefix_first = 0, prefix = 0;
+
+  size_t rows() const { return end - first; }
+  size_t positions() const { return prefix + rows(); }
+  size_t row_of(size_t position) const {
+    return position < prefix ? prefix_first + position : first + position - prefix;
+  }
+  bool operator==(const PackedDocument&) const = default;
+};
+
+// Training: documents attend to themselves (and their prefixes) alone; the mask never exists. The
+// documents cover the rows without gaps.
 //   q [T, heads · head_dim], k and v [T, kv_heads · head_dim], out as q;
 //   lse [T, heads]: log-sum-exp of each query's scores, kept for the backward pass.
-void attend_packed(Pool& pool, const AttentionShape& shape, std::span<const size_t> starts,
-                   const float* q, size_t ldq, const float* k, const float* v, size_t ldkv,
-                   float* out, size_t ldo, float* lse);
+void attend_packed(Pool& pool, const AttentionShape& shape,
+                   std::span<const PackedDocument> documents, const float* q, size_t ldq,
+                   const float* k, const float* v, size_t ldkv, float* out, size_t ldo, float* lse);
 // Gradients of attend_packed; dq, dk, dv are overwritten, with the row distances of q, k and v.
 // Sums run in a fixed order: the same bits for any number of threads. d_out and out as in the
 // forward pass. A document longer than 512 tokens is split into up to 4 parts, which takes up to 3
-// more floats of scratch memory per element of k.
-void attend_packed_backward(Pool& pool, const AttentionShape& shape, std::span<const size_t> starts,
-                            const float* q, size_t ldq, const float* k, const float* v, size_t ldkv,
-                            const float* out, const float* d_out, size_t ldo, const float* lse,
-                            float* dq, float* dk, float* dv);
+// more floats of scratch memory per element of k; one with a prefix takes 2 per element that it
+// sees.
+void attend_packed_backward(Pool& pool, const AttentionShape& shape,
+                            std::span<const PackedDocument> documents, const float* q, size_t ldq,
+                            const float* k, const float* v, size_t ldkv, const float* out,
+                            const float* d_out, size_t ldo, const float* lse, float* dq, float* dk,
+                            float* dv);
 
 }  // namespace moru

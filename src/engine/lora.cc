@@ -1,8 +1,12 @@
 #include "engine/lora.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "base/error.h"
+#include "engine/row_ops.h"
+#include "engine/weights.h"
 
 namespace moru {
 namespace {
@@ -65,13 +69,88 @@ void lay_out(Lora& lora, const Config& c) {
       at += layer[p].rank * out[p];
     }
   }
+  for (WholeWeight& weight : lora.whole) {
+    weight.at = at;
+    at += weight.count();
+  }
   lora.values.assign(at, 0.0f);
+}
+
+bool Lora::has_pairs() const {
+  return std::any_of(layers.begin(), layers.end(), [](const LoraLayer& layer) {
+    return std::any_of(layer.begin(), layer.end(), [](const LoraPair& p) { return p.rank != 0; });
+  });
+}
+
+const WholeWeight* Lora::find_whole(std::string_view name) const {
+  const auto found = std::find_if(whole.begin(), whole.end(),
+                                  [&](const WholeWeight& w) { return w.name == name; });
+  return found == whole.end() ? nullptr : &*found;
 }
 
 size_t group_rank(const LoraLayer& layer, InputGroup group) {
   size_t rank = 0;
   for (size_t p = group.first; p < group.last; ++p) rank += layer[p].rank;
   return rank;
+}
+
+namespace {
+
+// Calls visit(weight of the model, values learnt for it) for every weight that is learnt whole.
+template <typename L, typename Visit>
+void each_whole(Model& model, L& lora, Visit&& visit) {
+  for (const NamedWeight& weight : weights_of(model)) {
+    const WholeWeight* whole = lora.find_whole(weight.name);
+    if (whole == nullptr) continue;
+    MORU_CHECK(whole->count() == weight.count());
+    visit(weight, lora.of(*whole));
+  }
+}
+
+DenseMatrix dense_of(Pool& pool, const Matrix& matrix, DType type) {
+  DenseMatrix dense{
+      .type = type,
+      .rows = matrix.rows(),
+      .cols = matrix.cols(),
+      .data = PageBuffer(matrix.rows() * matrix.cols() * (type == DType::f32 ? 4 : 2))};
+  std::vector<float> row(dense.cols);
+  for (size_t r = 0; r < dense.rows; ++r) {
+    matrix.read_rows(r, 1, row.data());
+    std::byte* to = static_cast<std::byte*>(dense.data.data());
+    if (type == DType::f32)
+      std::memcpy(to + r * dense.cols * 4, row.data(), dense.cols * 4);
+    else
+      round_to_bf16(pool, row.data(), dense.cols, reinterpret_cast<uint16_t*>(to) + r * dense.cols);
+  }
+  return dense;
+}
+
+}  // namespace
+
+void take_whole(Pool& pool, Model& model, DType type, Lora& lora) {
+  each_whole(model, lora, [&](const NamedWeight& weight, std::span<float> values) {
+    if (weight.vector != nullptr) {
+      std::ranges::copy(*weight.vector, values.begin());
+      return;
+    }
+    if (weight.matrix->dense() == nullptr)
+      weight.matrix->form = dense_of(pool, *weight.matrix, type);
+    weight.matrix->read_rows(0, weight.rows(), values.data());
+  });
+}
+
+void put_whole(Pool& pool, const Lora& lora, Model& model) {
+  each_whole(model, lora, [&](const NamedWeight& weight, std::span<const float> values) {
+    if (weight.vector != nullptr) {
+      std::ranges::copy(values, weight.vector->begin());
+      return;
+    }
+    DenseMatrix& dense = std::get<DenseMatrix>(weight.matrix->form);
+    if (dense.type == DType::f32)
+      std::memcpy(dense.data.data(), values.data(), values.size_bytes());
+    else
+      round_to_bf16(pool, values.data(), values.size(), static_cast<uint16_t*>(dense.data.data()));
+  });
 }
 
 }  // namespace moru

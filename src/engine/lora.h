@@ -5,11 +5,14 @@
 //
 //   | A_q | A_k | A_v | A_o | A_gate | A_up | A_down | B_q | B_k | … | B_down |
 //
-// and so form one matrix [r_q + r_k + r_v, width] that a single thin product serves.
+// and so form one matrix [r_q + r_k + r_v, width] that a single thin product serves. After the
+// pairs of all layers come the weights that are learnt whole: PEFT's modules_to_save; all of them
+// and no pair is full fine-tuning.
 #pragma once
 #include <array>
 #include <cstddef>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -43,10 +46,26 @@ struct LoraPair {
 };
 using LoraLayer = std::array<LoraPair, kProjections>;
 
+// A weight that is learnt itself, in the model's own order of rows.
+struct WholeWeight {
+  std::string name;           // "token_embd.weight", as ModelFiles has it
+  size_t rows = 0, cols = 0;  // a norm or a bias is one row
+  size_t at = 0;              // where it begins in the array of floats
+  size_t count() const { return rows * cols; }
+};
+
 struct Lora {
   bool rank_stabilised = false;  // scale = α/√r (arXiv:2312.03732) instead of α/r
   std::vector<LoraLayer> layers;
+  std::vector<WholeWeight> whole;
   std::vector<float> values;
+
+  bool has_pairs() const;
+  std::span<float> of(const WholeWeight& w) { return {values.data() + w.at, w.count()}; }
+  std::span<const float> of(const WholeWeight& w) const {
+    return {values.data() + w.at, w.count()};
+  }
+  const WholeWeight* find_whole(std::string_view name) const;  // nullptr if absent
 
   std::span<float> a(const LoraPair& p) { return {values.data() + p.a, p.rank * p.in}; }
   std::span<float> b(const LoraPair& p) { return {values.data() + p.b, p.out * p.rank}; }
@@ -57,10 +76,15 @@ struct Lora {
 };
 
 // Sets scale, in, out and the places of every pair whose rank and alpha are set, by the model's
-// shapes, and sizes `values` (zeros).
+// shapes, and those of the whole weights, and sizes `values` (zeros).
 void lay_out(Lora& lora, const Config& config);
 
 // Rows of the stacked A of one group: the sum of its ranks.
 size_t group_rank(const LoraLayer& layer, InputGroup group);
+
+// The whole weights' values from the model, and back to it (rounded to its type): what is learnt is
+// what the model computes with. A quantized matrix becomes dense, of `type`, first.
+void take_whole(Pool& pool, Model& model, DType type, Lora& lora);
+void put_whole(Pool& pool, const Lora& lora, Model& model);
 
 }  // namespace moru

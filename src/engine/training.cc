@@ -4,10 +4,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "base/error.h"
 #include "base/half.h"
+#include "engine/float_kernels.h"
 #include "engine/training_block.h"
+#include "engine/weights.h"
 
 namespace moru {
 namespace {
@@ -35,13 +38,15 @@ size_t largest_group_rank(const Lora& lora) {
   return largest;
 }
 
-DType dense_type(const Model& model) {
-  const DenseMatrix* output = model.output().dense();
-  if (output == nullptr)
-    throw Error(ErrorKind::unsupported, {.where = "training",
-                                         .what = "the model's matrices are not dense",
-                                         .cure = "load it with the profile bf16 or f32"});
-  return output->type;
+// Weights unpacked at a time where they are not stored in the core's precision: the head is taken
+// in stripes of so many, everything else whole.
+constexpr size_t kUnpackedMin = size_t{8} << 20;
+// Rows that one thread unpacks at a time.
+constexpr size_t kUnpackTile = 32;
+
+DType type_of(const Model& model, const TrainingOptions& options) {
+  const DenseMatrix* q = model.layers.empty() ? model.output().dense() : model.layers[0].q.dense();
+  return q != nullptr && model.profile != Profile::exact ? q->type : options.quantized_type;
 }
 
 }  // namespace
@@ -57,15 +62,19 @@ void TrainingBatch::append(std::span<const int32_t> document, std::span<const ui
   for (size_t i = 1; i < document.size(); ++i)
     targets.push_back(is_trained[i] != 0 ? document[i] : kNoTarget);
   targets.push_back(kNoTarget);
-  starts.push_back(ids.size());
+  documents.push_back({.first = ids.size() - document.size(), .end = ids.size()});
+}
+
+void TrainingBatch::append_after(size_t of, size_t prefix, std::span<const int32_t> document,
+                                 std::span<const uint8_t> is_trained) {
+  MORU_CHECK(of < documents.size() && documents[of].prefix == 0 && prefix <= documents[of].rows());
+  append(document, is_trained);
+  if (prefix == 0) return;
+  documents.back().prefix_first = documents[of].first;
+  documents.back().prefix = prefix;
 }
 
 // ---- rows -------------------------------------------------------------------------------------
-
-DenseView view_of(const Matrix& matrix) {
-  const DenseMatrix& m = *matrix.dense();
-  return {m.type, m.data.data(), m.rows, m.cols, m.cols};
-}
 
 void copy_floats(Pool& pool, const float* x, size_t count, float* y) {
   pool.each((count + kCopyTile - 1) / kCopyTile, [&](size_t tile) {
@@ -140,6 +149,22 @@ DenseView LoraTraining::State::b(const LoraPair& pair) const {
 
 bool LoraTraining::State::adapts(size_t layer, InputGroup group) const {
   return group_rank(lora->layers[layer], group) != 0;
+}
+
+DenseView LoraTraining::State::dense(const Matrix& matrix, size_t first, size_t rows) {
+  const size_t cols = matrix.cols(), size = type == DType::bf16 ? 2 : 4;
+  if (const DenseMatrix* d = matrix.dense(); d != nullptr && d->type == type)
+    return {type, static_cast<const std::byte*>(d->data.data()) + first * cols * size, rows, cols,
+            cols};
+  pool->each((rows + kUnpackTile - 1) / kUnpackTile, [&](size_t tile) {
+    static thread_local std::vector<float> floats;
+    const size_t at = tile * kUnpackTile, count = std::min(kUnpackTile, rows - at);
+    if (type == DType::f32) return matrix.read_rows(first + at, count, unpacked.f32() + at * cols);
+    floats.resize(kUnpackTile * cols);
+    matrix.read_rows(first + at, count, floats.data());
+    float_kernels().round_to_bf16(floats.data(), count * cols, unpacked.bf16() + at * cols);
+  });
+  return {type, unpacked.data, rows, cols, cols};
 }
 
 // The whole memory plan: called once to count, once to hand out.
@@ -223,7 +248,23 @@ void LoraTraining::State::lay_out(Arena& arena) {
       type == DType::bf16 ? arena.take_rows(type, h, c.vocab) : Rows{DType::f32, s.logits, c.vocab};
   s.head_dn = arena.take<float>(h * d);
 
-  values = arena.take_rows(type, 1, lora->values.size());
+  values = arena.take_rows(type, 1, pair_values);
+  // Room for whatever has to be unpacked, were it only because it is stored in another precision.
+  size_t most = 0;
+  const auto unpacks = [&](const Matrix& m) {
+    return m.dense() == nullptr || m.dense()->type != type;
+  };
+  for (const Layer& layer : model->layers)
+    for (size_t p = 0; p < kProjections; ++p) {
+      const Matrix& m = matrix_of(layer, static_cast<Projection>(p));
+      if (unpacks(m)) most = std::max(most, m.rows() * m.cols());
+    }
+  unpacked_rows = c.vocab;
+  if (unpacks(model->output())) {
+    unpacked_rows = std::min(c.vocab, std::max(most, kUnpackedMin) / d);
+    most = std::max(most, unpacked_rows * d);
+  }
+  unpacked = arena.take_rows(type, 1, most);
   gradients = arena.take<float>(lora->values.size());
 }
 
@@ -231,16 +272,29 @@ namespace {
 
 void prepare(LoraTraining::State& s, const Model& model, const Lora& lora,
              const TrainingOptions& options) {
-  s.model = &model;
+  // Only refresh() writes to the model, which a plan never calls.
+  s.model = const_cast<Model*>(&model);
   s.lora = &lora;
   s.options = options;
-  s.type = dense_type(model);
+  s.type = type_of(model, options);
   s.head_rows = head_rows_for(model.config.vocab);
+  s.pair_values = lora.whole.empty() ? lora.values.size() : lora.whole.front().at;
+  for (const NamedWeight& weight : weights_of(*s.model))
+    if (const WholeWeight* whole = lora.find_whole(weight.name))
+      s.whole[weight.matrix != nullptr ? static_cast<const void*>(weight.matrix) : weight.vector] =
+          whole->at;
+  const size_t layers = model.config.layers;
+  const auto learns = [&](const void* weight) { return s.whole.count(weight) != 0; };
+  s.learns_whole.assign(layers, learns(&model.embedding) ? 1 : 0);
+  std::vector<uint8_t> adapted(layers, 0);
+  for (size_t l = 0; l < layers; ++l) {
+    const auto* layer = reinterpret_cast<const std::byte*>(&model.layers[l]);
+    for (const auto& [weight, at] : s.whole)
+      if (weight >= layer && weight < layer + sizeof(Layer)) s.learns_whole[l] = 1;
+    for (const LoraPair& pair : lora.layers[l]) adapted[l] |= pair.rank != 0 ? 1 : 0;
+  }
   s.lowest = 0;
-  const auto adapted = [](const LoraLayer& layer) {
-    return std::any_of(layer.begin(), layer.end(), [](const LoraPair& p) { return p.rank != 0; });
-  };
-  while (s.lowest < lora.layers.size() && !adapted(lora.layers[s.lowest])) ++s.lowest;
+  while (s.lowest < layers && adapted[s.lowest] == 0 && s.learns_whole[s.lowest] == 0) ++s.lowest;
 }
 
 }  // namespace
@@ -254,7 +308,7 @@ size_t LoraTraining::plan_bytes(const Model& model, const Lora& lora,
   return count.used();
 }
 
-LoraTraining::LoraTraining(Pool& pool, const Model& model, const Lora& lora,
+LoraTraining::LoraTraining(Pool& pool, Model& model, const Lora& lora,
                            const TrainingOptions& options)
     : state_(std::make_unique<State>()) {
   State& s = *state_;
@@ -265,9 +319,16 @@ LoraTraining::LoraTraining(Pool& pool, const Model& model, const Lora& lora,
   s.memory = PageBuffer(count.used());
   Arena arena(static_cast<std::byte*>(s.memory.data()));
   s.lay_out(arena);
+  refresh();
 }
 
 LoraTraining::~LoraTraining() = default;
+
+void LoraTraining::refresh() {
+  State& s = *state_;
+  store(*s.pool, s.lora->values.data(), s.pair_values, s.values);
+  put_whole(*s.pool, *s.lora, *s.model);
+}
 
 std::span<float> LoraTraining::gradients() {
   return {state_->gradients, state_->lora->values.size()};
@@ -282,20 +343,18 @@ void LoraTraining::clear_gradients() {
 namespace {
 
 // Takes up the batch: positions, documents and the embedded tokens, all padded to whole tiles.
-struct Padded {
-  std::vector<size_t> starts;
-};
-Padded embed(LoraTraining::State& s, const TrainingBatch& batch, float* x) {
+void embed(LoraTraining::State& s, const TrainingBatch& batch, float* x) {
   const Config& c = s.config();
-  MORU_CHECK(batch.targets.size() == batch.tokens() && batch.starts.back() == batch.tokens());
+  MORU_CHECK(batch.targets.size() == batch.tokens() &&
+             batch.documents.back().end == batch.tokens());
   MORU_CHECK(padded(batch.tokens()) <= padded(s.options.tokens));
   s.tokens = padded(batch.tokens());
-  Padded out{batch.starts};
-  if (s.tokens != batch.tokens()) out.starts.push_back(s.tokens);
+  s.documents = batch.documents;
+  if (s.tokens != batch.tokens()) s.documents.push_back({batch.tokens(), s.tokens});
   s.positions.assign(s.tokens, 0);
-  for (size_t doc = 0; doc < batch.documents(); ++doc)
-    for (size_t i = batch.starts[doc]; i < batch.starts[doc + 1]; ++i)
-      s.positions[i] = static_cast<int32_t>(i - batch.starts[doc]);
+  for (const PackedDocument& document : batch.documents)
+    for (size_t i = document.first; i < document.end; ++i)
+      s.positions[i] = static_cast<int32_t>(document.prefix + i - document.first);
   s.pool->each(s.tokens, [&](size_t i) {
     const int32_t id = i < batch.tokens() ? batch.ids[i] : 0;
     MORU_CHECK(id >= 0 && static_cast<size_t>(id) < c.vocab);
@@ -304,7 +363,21 @@ Padded embed(LoraTraining::State& s, const TrainingBatch& batch, float* x) {
     if (c.embedding_scale != 1)
       for (size_t j = 0; j < c.width; ++j) row[j] *= c.embedding_scale;
   });
-  return out;
+}
+
+// The embedding's gradient, from scratch.dx by its rows: tokens in order within a stripe of
+// columns.
+void embed_backward(LoraTraining::State& s, const TrainingBatch& batch) {
+  const Config& c = s.config();
+  float* gradient = s.gradient_of(s.model->embedding);
+  if (gradient == nullptr) return;
+  constexpr size_t kColumns = 64;
+  s.pool->each((c.width + kColumns - 1) / kColumns, [&](size_t tile) {
+    const size_t first = tile * kColumns, count = std::min(kColumns, c.width - first);
+    for (size_t i = 0; i < batch.tokens(); ++i)
+      float_kernels().add_scaled(s.scratch.dx + i * c.width + first, count, c.embedding_scale,
+                                 gradient + static_cast<size_t>(batch.ids[i]) * c.width + first);
+  });
 }
 
 // d/dz of cap · tanh(z / cap) is 1 − (capped / cap)².
@@ -318,9 +391,58 @@ void softcap_backward(Pool& pool, const float* capped, size_t count, float cap, 
   });
 }
 
-// Loss of the trained rows of s.x_out, a few at a time, so that logits are never whole; where
-// scale ≠ 0 also scratch.dx, its gradient by x_out (0 in rows that are not trained).
-double head(LoraTraining::State& s, const TrainingBatch& batch, float scale, std::span<float> nll) {
+// Mean and whether `target` is the largest of a row. Sixteen lanes, so that it runs in vectors.
+LogitStats stats_of(const float* row, size_t n, size_t target) {
+  float sums[16] = {}, largest[16];
+  std::fill_n(largest, 16, -std::numeric_limits<float>::infinity());
+  const size_t whole = n / 16 * 16;
+  for (size_t i = 0; i < whole; i += 16)
+    for (size_t j = 0; j < 16; ++j) {
+      sums[j] += row[i + j];
+      largest[j] = row[i + j] > largest[j] ? row[i + j] : largest[j];
+    }
+  double sum = 0;
+  for (const float lane : sums) sum += double{lane};
+  float top = *std::max_element(largest, largest + 16);
+  for (size_t i = whole; i < n; ++i) {
+    sum += double{row[i]};
+    top = std::max(top, row[i]);
+  }
+  return {static_cast<float>(sum / static_cast<double>(n)), row[target] >= top};
+}
+
+// y [m, vocab] = x · Wᵀ of the head.
+void head_logits(LoraTraining::State& s, const DenseView& x, float* y) {
+  const Config& c = s.config();
+  for (size_t first = 0; first < c.vocab; first += s.unpacked_rows) {
+    const size_t rows = std::min(s.unpacked_rows, c.vocab - first);
+    matmul_nt(*s.pool, x, s.dense(s.model->output(), first, rows),
+              {DType::f32, y + first, c.vocab, false, c.logit_scale});
+  }
+}
+
+// dx [m, d] = dy [m, vocab] · W of the head.
+void head_input_gradient(LoraTraining::State& s, const Rows& dy, size_t m, float* dx) {
+  const Config& c = s.config();
+  for (size_t first = 0; first < c.vocab; first += s.unpacked_rows) {
+    const size_t rows = std::min(s.unpacked_rows, c.vocab - first);
+    matmul_nn(*s.pool, dy.view(m, rows, first), s.dense(s.model->output(), first, rows),
+              {DType::f32, dx, c.width, first != 0, 1});
+  }
+}
+
+// What head() is to find besides the loss.
+struct HeadTask {
+  float scale = 0;                 // of the gradient; 0: none is wanted
+  std::span<const float> factors;  // by token: multiply its gradient too; may be empty
+  std::span<float> nll;            // by token; may be empty
+  std::span<LogitStats> stats;     // by token; may be empty
+};
+
+// Loss of the trained rows of s.x_out, a few at a time, so that logits are never whole; where a
+// gradient is wanted also scratch.dx, by x_out (0 in rows that are not trained), and those of the
+// head and the last norm where they learn.
+double head(LoraTraining::State& s, const TrainingBatch& batch, const HeadTask& task) {
   const Config& c = s.config();
   const size_t d = c.width, v = c.vocab;
   Scratch& sc = s.scratch;
@@ -328,8 +450,9 @@ double head(LoraTraining::State& s, const TrainingBatch& batch, float scale, std
   std::vector<size_t> rows;
   for (size_t i = 0; i < batch.tokens(); ++i)
     if (batch.targets[i] != TrainingBatch::kNoTarget) rows.push_back(i);
-  if (scale != 0) zero_floats(pool, sc.dx, s.tokens * d);
-  std::fill(nll.begin(), nll.end(), 0.0f);
+  if (task.scale != 0) zero_floats(pool, sc.dx, s.tokens * d);
+  std::fill(task.nll.begin(), task.nll.end(), 0.0f);
+  float* d_head = s.gradient_of(s.model->output());
 
   double sum = 0;
   std::vector<int32_t> targets;
@@ -349,72 +472,130 @@ double head(LoraTraining::State& s, const TrainingBatch& batch, float scale, std
       targets[i] = batch.targets[chunk[i]];
     }
     norm_rows(pool, sc.head_x, m, d, s.model->final_norm, c.norm_eps, sc.head_n, sc.head_rms);
-    matmul_nt(pool, sc.head_n.view(m, d), view_of(s.model->output()),
-              {DType::f32, sc.logits, v, false, c.logit_scale});
+    head_logits(s, sc.head_n.view(m, d), sc.logits);
     if (c.final_softcap != 0) {
       softcap_rows(pool, sc.logits, chunk.size() * v, c.final_softcap);
-      if (scale != 0) copy_floats(pool, sc.logits, chunk.size() * v, sc.capped);
+      if (task.scale != 0) copy_floats(pool, sc.logits, chunk.size() * v, sc.capped);
     }
-    cross_entropy_rows(pool, sc.logits, v, chunk.size(), v, targets.data(), losses.data(), scale);
+    if (!task.stats.empty())
+      pool.each(chunk.size(), [&](size_t i) {
+        task.stats[chunk[i]] = stats_of(sc.logits + i * v, v, static_cast<size_t>(targets[i]));
+      });
+    cross_entropy_rows(pool, sc.logits, v, chunk.size(), v, targets.data(), losses.data(),
+                       task.scale);
     for (size_t i = 0; i < chunk.size(); ++i) {
       sum += double{losses[i]};
-      if (!nll.empty()) nll[chunk[i]] = losses[i];
+      if (!task.nll.empty()) task.nll[chunk[i]] = losses[i];
     }
-    if (scale == 0) continue;
+    if (task.scale == 0) continue;
 
     if (c.final_softcap != 0)
       softcap_backward(pool, sc.capped, chunk.size() * v, c.final_softcap, sc.logits);
+    if (!task.factors.empty() || c.logit_scale != 1)
+      pool.each(chunk.size(), [&](size_t i) {
+        float* row = sc.logits + i * v;
+        const float factor = task.factors.empty() ? 1.0f : task.factors[chunk[i]];
+        for (size_t j = 0; j < v; ++j) row[j] *= factor * c.logit_scale;
+      });
     zero_floats(pool, sc.logits + chunk.size() * v, (m - chunk.size()) * v);
     if (s.type == DType::bf16) round_to_bf16(pool, sc.logits, m * v, sc.d_logits.bf16());
-    matmul_nn(pool, sc.d_logits.view(m, v), view_of(s.model->output()),
-              {DType::f32, sc.head_dn, d, false, c.logit_scale});
+    head_input_gradient(s, sc.d_logits, m, sc.head_dn);
+    if (d_head != nullptr)
+      matmul_tn(pool, sc.d_logits.view(m, v), sc.head_n.view(m, d),
+                {DType::f32, d_head, d, true, 1});
     // The gradient by the rows of x_out stands in dn until it is scattered.
     zero_floats(pool, sc.dn, m * d);
     rms_norm_backward(pool, sc.head_x, d, sc.head_rms, sc.head_dn, d, m, d,
-                      s.model->final_norm.data(), sc.dn, d);
+                      s.model->final_norm.data(), sc.dn, d, s.gradient_of(s.model->final_norm));
     for (size_t i = 0; i < chunk.size(); ++i)
       std::memcpy(sc.dx + chunk[i] * d, sc.dn + i * d, d * sizeof(float));
   }
   return sum;
 }
 
-double run(LoraTraining::State& s, const TrainingBatch& batch, float scale, std::span<float> nll) {
-  MORU_CHECK(nll.empty() || nll.size() == batch.tokens());
-  if (batch.tokens() == 0) return 0;
-  const bool learns = scale != 0;
+// The blocks forward, keeping for a backward pass or not.
+void forward(LoraTraining::State& s, const TrainingBatch& batch, bool learns) {
   const size_t layers = s.config().layers;
-  store(*s.pool, s.lora->values.data(), s.lora->values.size(), s.values);
   const auto kept = [&](size_t l) -> const Kept& {
     return learns && l >= s.lowest ? s.kept[l] : s.passing;
   };
-  const Padded documents = embed(s, batch, layers == 0 ? s.x_out : kept(0).x_attn);
-  s.starts = documents.starts;
+  embed(s, batch, layers == 0 ? s.x_out : kept(0).x_attn);
   for (size_t l = 0; l < layers; ++l) {
     Kept k = kept(l);
     for (size_t g = 0; g < kInputGroups.size(); ++g) k.u[g].ld = s.kept[l].u[g].ld;
     forward_layer(s, l, k, l + 1 < layers ? kept(l + 1).x_attn : s.x_out);
   }
-  const double sum = head(s, batch, scale, nll);
-  if (!learns) return sum;
-  for (size_t l = layers; l > s.lowest; --l) backward_layer(s, l - 1, s.kept[l - 1]);
-  return sum;
+}
+
+// From scratch.dx by the last block's output to the gradients of all that learns.
+void backward(LoraTraining::State& s, const TrainingBatch& batch) {
+  for (size_t l = s.config().layers; l > s.lowest; --l) backward_layer(s, l - 1, s.kept[l - 1]);
+  embed_backward(s, batch);
 }
 
 }  // namespace
 
 double LoraTraining::accumulate(const TrainingBatch& batch, float scale, std::span<float> nll) {
-  MORU_CHECK(scale != 0);
-  return run(*state_, batch, scale, nll);
+  MORU_CHECK(scale != 0 && (nll.empty() || nll.size() == batch.tokens()));
+  if (batch.tokens() == 0) return 0;
+  State& s = *state_;
+  forward(s, batch, true);
+  const double sum = head(s, batch, {.scale = scale, .factors = {}, .nll = nll, .stats = {}});
+  backward(s, batch);
+  return sum;
+}
+
+void LoraTraining::accumulate(const TrainingBatch& batch, const WeighTokens& weigh,
+                              TokenLosses& losses) {
+  losses.nll.assign(batch.tokens(), 0);
+  if (batch.tokens() == 0) return;
+  State& s = *state_;
+  const size_t d = s.config().width;
+  std::vector<float> factors(batch.tokens(), 0.0f);
+  HeadTask task{.scale = 1, .factors = {}, .nll = losses.nll, .stats = losses.stats};
+  forward(s, batch, true);
+  if (s.gradient_of(s.model->output()) == nullptr &&
+      s.gradient_of(s.model->final_norm) == nullptr) {
+    // A frozen head hands back one gradient a token, which can be multiplied afterwards.
+    head(s, batch, task);
+    weigh(losses.nll, factors);
+    s.pool->each(batch.tokens(), [&](size_t i) {
+      for (size_t j = 0; j < d; ++j) s.scratch.dx[i * d + j] *= factors[i];
+    });
+  } else {
+    task.scale = 0;
+    head(s, batch, task);
+    weigh(losses.nll, factors);
+    head(s, batch, {.scale = 1, .factors = factors, .nll = {}, .stats = {}});
+  }
+  backward(s, batch);
 }
 
 double LoraTraining::evaluate(const TrainingBatch& batch, std::span<float> nll) {
-  return run(*state_, batch, 0, nll);
+  MORU_CHECK(nll.empty() || nll.size() == batch.tokens());
+  if (batch.tokens() == 0) return 0;
+  forward(*state_, batch, false);
+  return head(*state_, batch, {.scale = 0, .factors = {}, .nll = nll, .stats = {}});
+}
+
+void LoraTraining::evaluate(const TrainingBatch& batch, TokenLosses& losses) {
+  losses.nll.assign(batch.tokens(), 0);
+  if (batch.tokens() == 0) return;
+  forward(*state_, batch, false);
+  head(*state_, batch, {.scale = 0, .factors = {}, .nll = losses.nll, .stats = losses.stats});
 }
 
 double training_flops(const Model& model, const Lora& lora, const TrainingBatch& batch) {
   const Config& c = model.config;
   const double t = static_cast<double>(batch.tokens());
   double flops = 4.0 * static_cast<double>(batch.trained() * c.vocab * c.width);
+  for (const WholeWeight& weight : lora.whole) {
+    const bool head =
+        weight.name == "output.weight" || (c.tied_head && weight.name == "token_embd.weight");
+    if (head || (weight.rows > 1 && weight.name != "token_embd.weight"))
+      flops += 2 * (head ? static_cast<double>(batch.trained()) : t) *
+               static_cast<double>(weight.count());
+  }
   for (size_t l = 0; l < c.layers; ++l) {
     for (size_t p = 0; p < kProjections; ++p) {
       const LoraPair& pair = lora.layers[l][p];
@@ -425,11 +606,13 @@ double training_flops(const Model& model, const Lora& lora, const TrainingBatch&
     }
     // Scores and mixture: 2 products forward, 5 backward, over the keys that a query sees.
     double pairs = 0;
-    for (size_t doc = 0; doc < batch.documents(); ++doc) {
-      const double n = static_cast<double>(batch.starts[doc + 1] - batch.starts[doc]);
+    const auto seen = [&](size_t positions) {
+      const double n = static_cast<double>(positions);
       const double window = c.is_windowed(l) ? std::min(n, static_cast<double>(c.window)) : n;
-      pairs += window * (window + 1) / 2 + (n - window) * window;
-    }
+      return window * (window + 1) / 2 + (n - window) * window;
+    };
+    for (const PackedDocument& document : batch.documents)
+      pairs += seen(document.positions()) - seen(document.prefix);
     flops += 7 * 2 * pairs * static_cast<double>(c.q_width());
   }
   return flops;

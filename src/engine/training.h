@@ -1,21 +1,24 @@
-// Forward and hand-written backward of the decoder block for training LoRA adapters on a frozen
-// model: engine.md's straight line, once in each direction.
+// Forward and hand-written backward of the decoder block: LoRA adapters on frozen weights of any
+// form, and weights that are learnt whole. engine.md's straight line, once in each direction.
 //
 //   training_forward.cc    one block forward, keeping what its backward pass reads
 //   training_backward.cc   the same lines, mirrored
 //   training.cc            memory, batches, the head with its loss
 //
-// The model's matrices are dense: Profile::f32 is the reference, Profile::bf16 multiplies in bf16
-// with f32 sums and keeps activations in bf16, the residual stream in f32. Results do not depend on
-// the number of threads.
+// Products are dense: Profile::f32 is the reference, Profile::bf16 multiplies in bf16 with f32 sums
+// and keeps activations in bf16, the residual stream in f32. The weights of a quantized model
+// (Profile::exact) are unpacked matrix by matrix, once for all tokens of a batch. Results do not
+// depend on the number of threads.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
 
 #include "base/threads.h"
+#include "engine/attention.h"
 #include "engine/lora.h"
 #include "engine/model.h"
 
@@ -24,17 +27,20 @@ namespace moru {
 // Tokens of one or more documents, one after the other. A document attends to itself alone and its
 // positions begin at 0, so packing changes no result.
 struct TrainingBatch {
-  std::vector<int32_t> ids;       // [tokens]
-  std::vector<int32_t> targets;   // [tokens]: the token that should follow, or kNoTarget
-  std::vector<size_t> starts{0};  // of each document, and the end of the last
+  std::vector<int32_t> ids;      // [tokens]
+  std::vector<int32_t> targets;  // [tokens]: the token that should follow, or kNoTarget
+  std::vector<PackedDocument> documents;
 
   static constexpr int32_t kNoTarget = -1;
   size_t tokens() const { return ids.size(); }
-  size_t documents() const { return starts.size() - 1; }
   size_t trained() const;
   // Appends one document: `trained[i]` says whether token i is to be learnt (from those before it;
   // so trained[0] has no effect).
   void append(std::span<const int32_t> document, std::span<const uint8_t> trained);
+  // Appends a document that goes on where the first `prefix` tokens of document `of` end: they are
+  // computed once for both. No document of a chain: `of` has no prefix itself.
+  void append_after(size_t of, size_t prefix, std::span<const int32_t> document,
+                    std::span<const uint8_t> trained);
 };
 
 // What the backward pass finds kept, and what it makes anew.
@@ -47,24 +53,47 @@ enum class Recompute {
 struct TrainingOptions {
   size_t tokens = 2048;  // of the largest batch
   Recompute recompute = Recompute::light;
+  // What a quantized model computes in: bf16 or f32. A dense one computes in its own type.
+  DType quantized_type = DType::bf16;
 };
+
+// What the logits of one trained token looked like.
+struct LogitStats {
+  float mean = 0;    // over the vocabulary
+  bool top = false;  // the target was the likeliest
+};
+// By token of a batch; what is not trained stays 0.
+struct TokenLosses {
+  std::vector<float> nll;         // −log p(target)
+  std::vector<LogitStats> stats;  // filled in if as long as the batch
+};
+// Given −log p of every token, sets the factor on each one's gradient: ∂loss/∂nll. [tokens] both;
+// factors are 0 before the call.
+using WeighTokens = std::function<void(std::span<const float> nll, std::span<float> factors)>;
 
 class LoraTraining {
  public:
-  // `model` and `lora` must outlive the object; lora.values may change between calls.
-  // Errors: no_space; unsupported for a model that is not dense.
-  LoraTraining(Pool& pool, const Model& model, const Lora& lora, const TrainingOptions& options);
+  // `model` and `lora` must outlive the object. Weights that are learnt whole are written into the
+  // model. Error: no_space.
+  LoraTraining(Pool& pool, Model& model, const Lora& lora, const TrainingOptions& options);
   ~LoraTraining();
 
   // Bytes that the constructor takes.
   static size_t plan_bytes(const Model& model, const Lora& lora, const TrainingOptions& options);
 
+  // Takes up lora.values, as the constructor does: call it when they have changed.
+  void refresh();
+
   // Σ −log p(target) over the batch's trained tokens, and adds to gradients() the gradient of
   // scale · that sum. nll: [tokens] or empty; what is not trained is 0. Nothing flows below the
-  // lowest adapted layer.
+  // lowest layer that learns.
   double accumulate(const TrainingBatch& batch, float scale, std::span<float> nll = {});
+  // The same for a loss that is a function of all those log-probabilities: the gradient of
+  // Σ factor · nll, factors constant.
+  void accumulate(const TrainingBatch& batch, const WeighTokens& weigh, TokenLosses& losses);
   // The sum alone, forward only.
   double evaluate(const TrainingBatch& batch, std::span<float> nll = {});
+  void evaluate(const TrainingBatch& batch, TokenLosses& losses);
 
   // Laid out as lora.values.
   std::span<float> gradients();
@@ -76,9 +105,9 @@ class LoraTraining {
   std::unique_ptr<State> state_;
 };
 
-// Multiplications and additions of one accumulate() over `batch`, counted as 2 each: frozen
-// matrices forward and backward, adapters, attention within the causal mask, and the head on
-// trained tokens. Work that is done twice (Recompute) is counted once.
+// Multiplications and additions of one accumulate() over `batch`, counted as 2 each: matrices
+// forward and backward (and once more where they are learnt whole), adapters, attention within the
+// causal mask, and the head on trained tokens. Work that is done twice (Recompute) is counted once.
 double training_flops(const Model& model, const Lora& lora, const TrainingBatch& batch);
 
 }  // namespace moru

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "base/half.h"
 #include "engine/training_block.h"
 
 namespace moru {
@@ -12,8 +13,8 @@ struct OutputGradient {
   Rows rows;
 };
 
-// Gradients of the adapters that read one input x [T, in], from dY of each:
-//   du = s · dY · B    dB += dYᵀ · u (u holds s)    dA += duᵀ · x
+// Gradients of what reads one input x [T, in], from dY of each:
+//   du = s · dY · B    dB += dYᵀ · u (u holds s)    dA += duᵀ · x    dW += dYᵀ · x where W learns
 // and, unless dx is null, dx (+)= Σ dY · W + du · A.
 // x and dx have no gaps between rows.
 void backward_group(LoraTraining::State& s, size_t layer, size_t group, const Rows& x,
@@ -24,6 +25,9 @@ void backward_group(LoraTraining::State& s, size_t layer, size_t group, const Ro
   size_t column = 0;
   for (const OutputGradient& dy : outputs) {
     const LoraPair& pair = lora[static_cast<size_t>(dy.projection)];
+    if (float* dw = s.gradient_of(matrix_of(s.model->layers[layer], dy.projection)))
+      matmul_tn(*s.pool, dy.rows.view(t, pair.out), x.view(t, pair.in),
+                {DType::f32, dw, pair.in, true, 1});
     if (pair.rank == 0) continue;
     matmul_nn(*s.pool, dy.rows.view(t, pair.out), s.b(pair),
               {s.type, du.at(column), du.ld, false, pair.scale});
@@ -40,11 +44,27 @@ void backward_group(LoraTraining::State& s, size_t layer, size_t group, const Ro
   bool accumulate = false;
   for (const OutputGradient& dy : outputs) {
     const Matrix& w = matrix_of(s.model->layers[layer], dy.projection);
-    matmul_nn(*s.pool, dy.rows.view(t, w.rows()), view_of(w),
+    matmul_nn(*s.pool, dy.rows.view(t, w.rows()), s.dense(w),
               {DType::f32, dx, first.in, accumulate, 1});
     accumulate = true;
   }
   if (column != 0) matmul_nn(*s.pool, du.view(t, column), a, {DType::f32, dx, first.in, true, 1});
+}
+
+// The gradient by a bias: sums over tokens, in their order.
+void bias_gradient(LoraTraining::State& s, const Vector& bias, const Rows& dy) {
+  float* db = s.gradient_of(bias);
+  if (db == nullptr) return;
+  constexpr size_t kColumns = 64;
+  const size_t n = bias.size();
+  s.pool->each((n + kColumns - 1) / kColumns, [&](size_t tile) {
+    const size_t first = tile * kColumns, last = std::min(first + kColumns, n);
+    for (size_t t = 0; t < s.tokens; ++t)
+      for (size_t i = first; i < last; ++i) {
+        const size_t at = t * dy.ld + i;
+        db[i] += dy.type == DType::f32 ? dy.f32()[at] : f32_from_bf16(dy.bf16()[at]);
+      }
+  });
 }
 
 // The gradient by a sub-layer's output, from dx by the stream that it was added to.
@@ -65,7 +85,7 @@ Rows output_gradient(LoraTraining::State& s, const Vector& post_norm, const Rows
   } else {
     load(*s.pool, sub, t * d, s.scratch.sub);
     rms_norm_backward(*s.pool, s.scratch.sub, d, rms_post, s.scratch.dx, d, t, d, post_norm.data(),
-                      d_sub, d);
+                      d_sub, d, s.gradient_of(post_norm));
     if (c.residual_scale != 1) add_rows(*s.pool, d_sub, d, t, d, c.residual_scale - 1, d_sub, d);
   }
   store(*s.pool, d_sub, t * d, s.scratch.d_out);
@@ -99,9 +119,9 @@ void unfinish_qkv(LoraTraining::State& s, size_t layer, const Kept& kept) {
     const Qkv<float> raw = split_qkv(s, s.scratch.qkv), d_raw = split_qkv(s, s.scratch.d_raw);
     zero_floats(*s.pool, d_raw.q, t * (c.q_width() + c.kv_width()));
     rms_norm_backward(*s.pool, raw.q, h, s.scratch.rms_q, d.q, h, t * c.heads, h, w.q_norm.data(),
-                      d_raw.q, h);
+                      d_raw.q, h, s.gradient_of(w.q_norm));
     rms_norm_backward(*s.pool, raw.k, h, s.scratch.rms_k, d.k, h, t * c.kv_heads, h,
-                      w.k_norm.data(), d_raw.k, h);
+                      w.k_norm.data(), d_raw.k, h, s.gradient_of(w.k_norm));
     copy_floats(*s.pool, d.v, t * c.kv_width(), d_raw.v);
     by_projected = s.scratch.d_raw;
   }
@@ -114,11 +134,12 @@ void backward_layer(LoraTraining::State& s, size_t layer, const Kept& k) {
   const Config& c = s.config();
   const Layer& w = s.model->layers[layer];
   const size_t t = s.tokens, d = c.width, qw = c.q_width(), kvw = c.kv_width();
-  const bool lowest = layer == s.lowest;
+  // Whether gradients flow on to the block's input.
+  const bool passes = layer != s.lowest || s.learns_whole[layer] != 0;
   Scratch& sc = s.scratch;
   // What the lowest layer still has to reach.
   const bool wants_qkv = s.adapts(layer, kInputGroups[0]);
-  const bool wants_mixed = !lowest || wants_qkv;
+  const bool wants_mixed = passes || wants_qkv;
   const bool wants_attention = wants_mixed || s.adapts(layer, kInputGroups[1]);
   const bool wants_gates = wants_attention || s.adapts(layer, kInputGroups[2]);
 
@@ -141,26 +162,32 @@ void backward_layer(LoraTraining::State& s, size_t layer, const Kept& k) {
                  {{{Projection::gate, k.gate}, {Projection::up, k.up}}},
                  wants_attention ? sc.dn : nullptr);
   if (!wants_attention) return;
-  rms_norm_backward(*s.pool, k.x_ffn, d, k.rms_ffn, sc.dn, d, t, d, w.ffn_norm.data(), sc.dx, d);
+  rms_norm_backward(*s.pool, k.x_ffn, d, k.rms_ffn, sc.dn, d, t, d, w.ffn_norm.data(), sc.dx, d,
+                    s.gradient_of(w.ffn_norm));
 
   // Attention.
   const Rows d_o = output_gradient(s, w.attn_post_norm, k.attn_sub, k.rms_attn_post);
+  bias_gradient(s, w.attn_out_bias, d_o);
   backward_group(s, layer, 1, k.mixed, k.u[1], {{{Projection::o, d_o}}},
                  wants_mixed ? sc.d_mixed : nullptr);
   if (!wants_mixed) return;
   finish_qkv(s, layer, k);
   load(*s.pool, k.mixed, t * qw, sc.mixed);
   const Qkv<float> x = split_qkv(s, sc.qkv), dx = split_qkv(s, sc.d_qkv);
-  attend_packed_backward(*s.pool, s.attention(layer), s.starts, x.q, qw, x.k, x.v, kvw, sc.mixed,
+  attend_packed_backward(*s.pool, s.attention(layer), s.documents, x.q, qw, x.k, x.v, kvw, sc.mixed,
                          sc.d_mixed, qw, k.lse, dx.q, dx.k, dx.v);
   unfinish_qkv(s, layer, k);
   const Qkv<Rows> d_proj = split_qkv(s, sc.d_proj);
+  bias_gradient(s, w.q_bias, d_proj.q);
+  bias_gradient(s, w.k_bias, d_proj.k);
+  bias_gradient(s, w.v_bias, d_proj.v);
   backward_group(
       s, layer, 0, k.n_attn, k.u[0],
       {{{Projection::q, d_proj.q}, {Projection::k, d_proj.k}, {Projection::v, d_proj.v}}},
-      lowest ? nullptr : sc.dn);
-  if (lowest) return;
-  rms_norm_backward(*s.pool, k.x_attn, d, k.rms_attn, sc.dn, d, t, d, w.attn_norm.data(), sc.dx, d);
+      passes ? sc.dn : nullptr);
+  if (!passes) return;
+  rms_norm_backward(*s.pool, k.x_attn, d, k.rms_attn, sc.dn, d, t, d, w.attn_norm.data(), sc.dx, d,
+                    s.gradient_of(w.attn_norm));
 }
 
 }  // namespace moru

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <span>
 #include <vector>
 
@@ -104,25 +105,30 @@ struct Scratch {
 
 struct LoraTraining::State {
   Pool* pool = nullptr;
-  const Model* model = nullptr;
+  Model* model = nullptr;
   const Lora* lora = nullptr;
   TrainingOptions options;
   DType type = DType::f32;  // of activations and operands
-  size_t lowest = 0;        // the lowest adapted layer
+  size_t lowest = 0;        // the lowest layer that learns
   size_t head_rows = 0;
+  size_t unpacked_rows = 0;             // of the head at a time, where it has to be unpacked
+  std::map<const void*, size_t> whole;  // Matrix or Vector that is learnt whole → its place
+  std::vector<uint8_t> learns_whole;    // by layer: some weight of it does
 
   PageBuffer memory;
   std::vector<Kept> kept;  // by layer
   Kept passing;            // of layers that keep nothing
   float* x_out = nullptr;  // [T, d] the stream after the last block
   Scratch scratch;
-  Rows values;  // the adapter in the core's precision, [lora.values.size()]
+  Rows values;    // the pairs in the core's precision, [pair_values]
+  Rows unpacked;  // a matrix in the core's precision that is not stored so
+  size_t pair_values = 0;
   float* gradients = nullptr;
 
   // of the batch at hand
   size_t tokens = 0;
   std::vector<int32_t> positions;
-  std::span<const size_t> starts;
+  std::vector<PackedDocument> documents;
 
   const Config& config() const { return model->config; }
   size_t qkv_width() const { return config().q_width() + 2 * config().kv_width(); }
@@ -131,11 +137,22 @@ struct LoraTraining::State {
   DenseView stacked_a(size_t layer, InputGroup group) const;
   DenseView b(const LoraPair& pair) const;
   bool adapts(size_t layer, InputGroup group) const;
+  // Where the gradient of a weight goes that is learnt whole; null for the others.
+  float* gradient_of(const Matrix& matrix) const { return gradient_at(&matrix); }
+  float* gradient_of(const Vector& vector) const { return gradient_at(&vector); }
+  // Rows [first, first + rows) of a weight in the core's precision; where they are stored
+  // otherwise, unpacked until the next call.
+  DenseView dense(const Matrix& matrix, size_t first, size_t rows);
+  DenseView dense(const Matrix& matrix) { return dense(matrix, 0, matrix.rows()); }
 
   void lay_out(Arena& arena);
-};
 
-DenseView view_of(const Matrix& matrix);
+ private:
+  float* gradient_at(const void* weight) const {
+    const auto found = whole.find(weight);
+    return found == whole.end() ? nullptr : gradients + found->second;
+  }
+};
 
 // Copies or rounds f32 rows without gaps into the core's precision, and back.
 void store(Pool& pool, const float* x, size_t count, const Rows& y);
@@ -168,7 +185,7 @@ void make_hidden(LoraTraining::State& s, const Kept& kept);
 // One block forward. x_next: where the stream goes; null: it is not wanted (a block made anew).
 void forward_layer(LoraTraining::State& s, size_t layer, const Kept& kept, float* x_next);
 // One block backward: scratch.dx by its output becomes dx by its input (in the lowest layer, only
-// as far as an adapter needs it). Adds to the gradients.
+// as far as something learns). Adds to the gradients.
 void backward_layer(LoraTraining::State& s, size_t layer, const Kept& kept);
 
 }  // namespace moru

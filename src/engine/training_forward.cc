@@ -33,7 +33,7 @@ void project(LoraTraining::State& s, size_t layer, Projection projection, const 
              const Rows& u, size_t u_column, float* y, size_t ldy, bool accumulate = false) {
   const LoraPair& pair = s.lora->layers[layer][static_cast<size_t>(projection)];
   const Matrix& w = matrix_of(s.model->layers[layer], projection);
-  matmul_nt(*s.pool, x.view(s.tokens, pair.in), view_of(w), {DType::f32, y, ldy, accumulate, 1});
+  matmul_nt(*s.pool, x.view(s.tokens, pair.in), s.dense(w), {DType::f32, y, ldy, accumulate, 1});
   if (pair.rank != 0)
     matmul_nt(*s.pool, u.view(s.tokens, pair.rank, u_column), s.b(pair),
               {DType::f32, y, ldy, true, 1});
@@ -122,8 +122,8 @@ void forward_layer(LoraTraining::State& s, size_t layer, const Kept& k, float* x
   store(*s.pool, wide, t * s.qkv_width(), k.qkv);
   finish_qkv(s, layer, k);
   const Qkv<float> x = split_qkv(s, s.scratch.qkv);
-  attend_packed(*s.pool, s.attention(layer), s.starts, x.q, qw, x.k, x.v, kvw, s.scratch.mixed, qw,
-                k.lse);
+  attend_packed(*s.pool, s.attention(layer), s.documents, x.q, qw, x.k, x.v, kvw, s.scratch.mixed,
+                qw, k.lse);
   store(*s.pool, s.scratch.mixed, t * qw, k.mixed);
   shrink(s, layer, 1, k.mixed, k.u[1]);
   add_sub_layer(

@@ -141,6 +141,12 @@ size_t half_split_row(size_t row, size_t head_dim) {
   return head * head_dim + at / 2 + (at % 2) * (head_dim / 2);
 }
 
+// Whether rows of this tensor turn with the rotary pairs: q and k, weights and biases.
+bool is_q_or_k(std::string_view name) {
+  return name.find(".attn_q.") != std::string_view::npos ||
+         name.find(".attn_k.") != std::string_view::npos;
+}
+
 }  // namespace
 
 std::vector<Projection> parse_target_modules(std::string_view text) {
@@ -299,6 +305,19 @@ void write_peft_adapter(const std::filesystem::path& folder, const Lora& lora,
 
 void merged_values(const ModelFiles& files, const Lora& lora, const Tensor& tensor,
                    std::span<float> out) {
+  if (const WholeWeight* whole = lora.find_whole(tensor.name)) {
+    const std::span<const float> learnt = lora.of(*whole);
+    MORU_CHECK(out.size() == learnt.size());
+    const bool turned = files.qk_interleaved && is_q_or_k(tensor.name);
+    const bool norm = tensor.name.ends_with("norm.weight");
+    const size_t rows = tensor.shape[0], cols = out.size() / rows;
+    for (size_t row = 0; row < rows; ++row) {
+      const size_t from = turned ? half_split_row(row, files.config.head_dim) : row;
+      for (size_t i = 0; i < cols; ++i)
+        out[row * cols + i] = learnt[from * cols + i] - (norm ? files.norm_offset : 0);
+    }
+    return;
+  }
   dequantize(tensor.type, tensor.data, out);
   const auto place = place_of_gguf_name(tensor.name);
   if (!place) return;
@@ -365,12 +384,6 @@ class Spill {
   std::vector<size_t> offsets_, sizes_;
   std::vector<Tensor> tensors_;
 };
-
-// Whether rows of this tensor turn with the rotary pairs: q and k, weights and biases.
-bool is_q_or_k(std::string_view name) {
-  return name.find(".attn_q.") != std::string_view::npos ||
-         name.find(".attn_k.") != std::string_view::npos;
-}
 
 // Rows in half-split order to GGUF llama's order of adjacent pairs.
 void interleave_rows(std::vector<float>& values, size_t rows, size_t head_dim) {

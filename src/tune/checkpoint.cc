@@ -10,11 +10,12 @@
 
 #include "base/error.h"
 #include "formats/safetensors.h"
+#include "tune/guard.h"
 
 namespace moru {
 namespace {
 
-constexpr std::string_view kVersion = "1";
+constexpr std::string_view kVersion = "2";
 
 // Numbers travel in the header as hexadecimal bits, so that doubles return exactly.
 std::string hex(uint64_t bits) { return fmt::format("{:016x}", bits); }
@@ -50,12 +51,20 @@ struct Vectors {
   const char* name;
   std::vector<float> TrainingRun::*field;
 };
-constexpr std::array<Vectors, 4> kVectors = {{
+constexpr std::array<Vectors, 6> kVectors = {{
     {"values", &TrainingRun::values},
     {"m", &TrainingRun::m},
     {"v", &TrainingRun::v},
     {"best", &TrainingRun::best},
+    {"recent_losses", &TrainingRun::recent_losses},
+    {"recent_norms", &TrainingRun::recent_norms},
 }};
+bool is_optional(std::vector<float> TrainingRun::*field) {
+  return field != &TrainingRun::values && field != &TrainingRun::m && field != &TrainingRun::v;
+}
+bool is_recent(std::vector<float> TrainingRun::*field) {
+  return field == &TrainingRun::recent_losses || field == &TrainingRun::recent_norms;
+}
 
 }  // namespace
 
@@ -107,10 +116,12 @@ std::optional<TrainingRun> read_checkpoint(const std::filesystem::path& path,
   for (const auto& [name, field] : kDoubles) run.*field = std::bit_cast<double>(number(name));
   for (const auto& [name, field] : kVectors) {
     const Tensor* tensor = file.find(name);
-    if (tensor == nullptr && field == &TrainingRun::best) continue;
-    if (tensor == nullptr || tensor->type != DType::f32 || tensor->count() != parameters)
-      refuse(fmt::format("{} does not fit the adapter", name));
-    (run.*field).resize(parameters);
+    if (tensor == nullptr && is_optional(field)) continue;
+    const bool fits = tensor != nullptr && tensor->type == DType::f32 &&
+                      (is_recent(field) ? tensor->count() <= OutlierGuard::kWindow
+                                        : tensor->count() == parameters);
+    if (!fits) refuse(fmt::format("{} does not fit the run", name));
+    (run.*field).resize(tensor->count());
     std::memcpy((run.*field).data(), tensor->data.data(), tensor->data.size());
   }
   return run;

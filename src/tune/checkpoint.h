@@ -11,11 +11,12 @@
 namespace moru {
 
 struct TrainingRun {
-  std::vector<float> values, m, v;  // adapter and moments
-  std::vector<float> best;          // adapter of the best validation; empty if none
-  uint64_t step = 0;                // steps taken
-  uint64_t updates = 0;             // of them, those that moved the adapter
-  uint64_t epoch = 0, cursor = 0;   // next example: its place in the epoch's order
+  std::vector<float> values, m, v;                 // adapter and moments
+  std::vector<float> best;                         // adapter of the best validation; empty if none
+  std::vector<float> recent_losses, recent_norms;  // what outliers are told by (guard.h)
+  uint64_t step = 0;                               // steps taken
+  uint64_t updates = 0;                            // of them, those that moved the adapter
+  uint64_t epoch = 0, cursor = 0;                  // next example: its place in the epoch's order
   uint64_t skipped = 0, skipped_in_a_row = 0;
   uint64_t best_step = 0, without_improvement = 0;
   double best_loss = std::numeric_limits<double>::infinity();

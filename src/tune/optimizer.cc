@@ -31,26 +31,31 @@ constexpr std::array<ScheduleRow, 5> kSchedules = {{
 }  // namespace
 
 void AdamW::step(Pool& pool, std::span<float> p, std::span<const float> g, double lr,
-                 double gradient_scale) {
+                 double gradient_scale, std::span<const ParameterGroup> groups) {
   MORU_CHECK(p.size() == m.size() && g.size() == m.size());
   ++steps;
   const double t = static_cast<double>(steps);
-  const auto decay = static_cast<float>(1 - lr * options.weight_decay);
-  const auto step_size = static_cast<float>(lr / (1 - std::pow(options.beta1, t)));
   const auto root = static_cast<float>(std::sqrt(1 - std::pow(options.beta2, t)));
   const auto beta1 = static_cast<float>(options.beta1), beta2 = static_cast<float>(options.beta2);
   const auto rest1 = static_cast<float>(1 - options.beta1);
   const auto rest2 = static_cast<float>(1 - options.beta2);
   const auto eps = static_cast<float>(options.eps), scale = static_cast<float>(gradient_scale);
-  pool.each(tiles(p.size()), [&](size_t tile) {
-    const size_t last = std::min((tile + 1) * kTile, p.size());
-    for (size_t i = tile * kTile; i < last; ++i) {
-      const float gi = g[i] * scale;
-      m[i] = beta1 * m[i] + rest1 * gi;
-      v[i] = beta2 * v[i] + rest2 * gi * gi;
-      p[i] = p[i] * decay - step_size * m[i] / (std::sqrt(v[i]) / root + eps);
-    }
-  });
+  const ParameterGroup all{.first = 0, .end = p.size()};
+  if (groups.empty()) groups = std::span(&all, 1);
+  for (const ParameterGroup& group : groups) {
+    const double rate = lr * group.lr_ratio;
+    const auto decay = static_cast<float>(1 - rate * (group.decays ? options.weight_decay : 0.0));
+    const auto step_size = static_cast<float>(rate / (1 - std::pow(options.beta1, t)));
+    pool.each(tiles(group.end - group.first), [&](size_t tile) {
+      const size_t first = group.first + tile * kTile, last = std::min(first + kTile, group.end);
+      for (size_t i = first; i < last; ++i) {
+        const float gi = g[i] * scale;
+        m[i] = beta1 * m[i] + rest1 * gi;
+        v[i] = beta2 * v[i] + rest2 * gi * gi;
+        p[i] = p[i] * decay - step_size * m[i] / (std::sqrt(v[i]) / root + eps);
+      }
+    });
+  }
 }
 
 double global_norm(Pool& pool, std::span<const float> g) {

@@ -17,6 +17,14 @@ struct AdamWOptions {
   double weight_decay = 0;
 };
 
+// Parameters [first, end) with a learning rate of their own, and with or without decay.
+struct ParameterGroup {
+  size_t first = 0, end = 0;
+  double lr_ratio = 1;
+  bool decays = true;
+  bool operator==(const ParameterGroup&) const = default;
+};
+
 // Decoupled weight decay (arXiv:1711.05101), step t from 1:
 //   p ← p·(1 − lr·wd)   m ← β1·m + (1 − β1)·g   v ← β2·v + (1 − β2)·g²
 //   p ← p − lr/(1 − β1ᵗ) · m / (√v/√(1 − β2ᵗ) + eps)
@@ -27,9 +35,9 @@ struct AdamW {
 
   explicit AdamW(size_t parameters, const AdamWOptions& chosen = {})
       : options(chosen), m(parameters, 0.0f), v(parameters, 0.0f) {}
-  // g is multiplied by `gradient_scale` first (clipping).
+  // g is multiplied by `gradient_scale` first (clipping). Without groups all are one.
   void step(Pool& pool, std::span<float> p, std::span<const float> g, double lr,
-            double gradient_scale = 1);
+            double gradient_scale = 1, std::span<const ParameterGroup> groups = {});
 };
 
 // √Σ g², tiles of fixed size summed in double and in order. NaN and infinity pass through.

@@ -145,7 +145,7 @@ StepLoss accumulate_step(LoraTraining& training, std::span<const Example> exampl
     sum += training.accumulate(batch, 1 / static_cast<float>(learnt), nll);
     out.tokens += batch.tokens();
     for (size_t d = 0; d < members.size() && out.bad_line == 0; ++d)
-      for (size_t i = batch.starts[d]; i < batch.starts[d + 1]; ++i)
+      for (size_t i = batch.documents[d].first; i < batch.documents[d].end; ++i)
         if (!std::isfinite(nll[i])) out.bad_line = examples[which[members[d]]].line;
   }
   out.loss = sum / static_cast<double>(learnt);
@@ -328,7 +328,7 @@ TuneResult tune(const TuneOptions& o, const TuneProgress& progress) {
     }
     loaded = load_model(pool, files, {.profile = o.precision, .context = o.rows.max_length});
   }
-  const Model& model = *loaded;
+  Model& model = *loaded;
   const std::span<const Example> examples = split.train;
   size_t longest = 0;
   for (const auto* set : {&split.train, &split.validation})
@@ -383,6 +383,7 @@ TuneResult tune(const TuneOptions& o, const TuneProgress& progress) {
     adamw.m = run.m;
     adamw.v = run.v;
     adamw.steps = run.updates;
+    training.refresh();
     rewind_log(log, run.step);
     tell({.kind = TuneEvent::Kind::resumed,
           .step = run.step,
@@ -438,6 +439,7 @@ TuneResult tune(const TuneOptions& o, const TuneProgress& progress) {
     const bool finite = std::isfinite(step.loss) && std::isfinite(norm);
     if (finite) {
       adamw.step(pool, lora.values, training.gradients(), lr, clip_scale(norm, o.max_grad_norm));
+      training.refresh();
       run.loss_sum += step.loss;
       ++run.loss_count;
       run.skipped_in_a_row = 0;

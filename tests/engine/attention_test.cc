@@ -2,6 +2,7 @@
 
 #include <doctest/doctest.h>
 
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -33,6 +34,13 @@ AttentionShape shape_of(size_t heads, size_t kv_heads, size_t head_dim) {
           .kv_heads = kv_heads,
           .head_dim = head_dim,
           .scale = 1.0f / std::sqrt(static_cast<float>(head_dim))};
+}
+
+std::vector<PackedDocument> documents_of(const std::vector<size_t>& starts) {
+  std::vector<PackedDocument> documents;
+  for (size_t d = 0; d + 1 < starts.size(); ++d)
+    documents.push_back({.first = starts[d], .end = starts[d + 1]});
+  return documents;
 }
 
 // The definition, in double: row r of q is position r; o [T, heads · head_dim], lse [T, heads].
@@ -253,8 +261,8 @@ TEST_CASE("attend_packed agrees with the definition, document by document") {
     const Tokens x = tokens_for(s, starts.back(), 5);
     std::vector<float> out(starts.back() * ldq), lse(starts.back() * s.heads);
     Pool pool(2);
-    attend_packed(pool, s, starts, x.q.data(), ldq, x.k.data(), x.v.data(), ldkv, out.data(), ldq,
-                  lse.data());
+    attend_packed(pool, s, documents_of(starts), x.q.data(), ldq, x.k.data(), x.v.data(), ldkv,
+                  out.data(), ldq, lse.data());
     for (size_t d = 0; d < lengths.size(); ++d) {
       const auto part = [&](const std::vector<float>& from, size_t ld) {
         return std::vector<float>(from.begin() + ptrdiff_t(starts[d] * ld),
@@ -272,18 +280,25 @@ namespace {
 struct Gradients {
   std::vector<float> out, lse, dq, dk, dv;
 };
-Gradients run_packed(Pool& pool, const AttentionShape& s, const std::vector<size_t>& starts,
-                     const Tokens& x, const std::vector<float>& d_out) {
-  const size_t ldq = s.heads * s.head_dim, ldkv = s.kv_heads * s.head_dim, tokens = starts.back();
+Gradients run_packed(Pool& pool, const AttentionShape& s,
+                     const std::vector<PackedDocument>& documents, const Tokens& x,
+                     const std::vector<float>& d_out) {
+  const size_t ldq = s.heads * s.head_dim, ldkv = s.kv_heads * s.head_dim;
+  const size_t tokens = documents.back().end;
   Gradients g{std::vector<float>(tokens * ldq), std::vector<float>(tokens * s.heads),
               std::vector<float>(tokens * ldq, NAN), std::vector<float>(tokens * ldkv, NAN),
               std::vector<float>(tokens * ldkv, NAN)};
-  attend_packed(pool, s, starts, x.q.data(), ldq, x.k.data(), x.v.data(), ldkv, g.out.data(), ldq,
-                g.lse.data());
-  attend_packed_backward(pool, s, starts, x.q.data(), ldq, x.k.data(), x.v.data(), ldkv,
+  attend_packed(pool, s, documents, x.q.data(), ldq, x.k.data(), x.v.data(), ldkv, g.out.data(),
+                ldq, g.lse.data());
+  attend_packed_backward(pool, s, documents, x.q.data(), ldq, x.k.data(), x.v.data(), ldkv,
                          g.out.data(), d_out.data(), ldq, g.lse.data(), g.dq.data(), g.dk.data(),
                          g.dv.data());
   return g;
+}
+
+Gradients run_packed(Pool& pool, const AttentionShape& s, const std::vector<size_t>& starts,
+                     const Tokens& x, const std::vector<float>& d_out) {
+  return run_packed(pool, s, documents_of(starts), x, d_out);
 }
 
 // The gradients in double, by the chain rule over the definition's probabilities.
@@ -435,14 +450,66 @@ TEST_CASE("neither threads nor neighbours in the row change a bit of training's 
   }
 }
 
+TEST_CASE("documents that share their start's rows attend as if each had its own") {
+  for (AttentionShape s : {shape_of(4, 2, 16), shape_of(3, 3, 64)}) {
+    for (const size_t window : {size_t{0}, size_t{50}}) {
+      s.window = window;
+      const size_t ldq = s.heads * s.head_dim, ldkv = s.kv_heads * s.head_dim;
+      for (const auto& [prompt, chosen, rejected] :
+           {std::array<size_t, 3>{5, 3, 4}, {64, 10, 130}, {500, 90, 700}, {1, 1, 1}}) {
+        CAPTURE(prompt);
+        CAPTURE(window);
+        // Rows: another document, prompt and chosen, rejected.
+        const size_t before = 7, base = before + prompt + chosen, tokens = base + rejected;
+        const std::vector<PackedDocument> shared = {
+            {0, before}, {before, base}, {base, tokens, before, prompt}};
+        const Tokens x = tokens_for(s, tokens, 91);
+        const std::vector<float> d_out = normals(tokens * ldq, 92);
+        Pool pool(2), one(1);
+        const Gradients found = run_packed(pool, s, shared, x, d_out);
+        CHECK(same_bits(found.dk, run_packed(one, s, shared, x, d_out).dk));
+
+        // The same with the prompt's rows twice.
+        const std::vector<size_t> starts = {0, before, base, tokens + prompt};
+        const auto twice = [&](const std::vector<float>& from, size_t ld, bool clear) {
+          std::vector<float> to(from.begin(), from.begin() + ptrdiff_t(base * ld));
+          to.insert(to.end(), from.begin() + ptrdiff_t(before * ld),
+                    from.begin() + ptrdiff_t((before + prompt) * ld));
+          if (clear) std::fill(to.end() - ptrdiff_t(prompt * ld), to.end(), 0.0f);
+          to.insert(to.end(), from.begin() + ptrdiff_t(base * ld), from.end());
+          return to;
+        };
+        Tokens y;
+        y.q = twice(x.q, ldq, false);
+        y.k = twice(x.k, ldkv, false);
+        y.v = twice(x.v, ldkv, false);
+        const Gradients wanted = run_packed(pool, s, starts, y, twice(d_out, ldq, true));
+        const auto folded = [&](const std::vector<float>& from, size_t ld, bool add) {
+          std::vector<double> to(from.begin(), from.begin() + ptrdiff_t(base * ld));
+          for (size_t i = 0; add && i < prompt * ld; ++i)
+            to[before * ld + i] += double{from[base * ld + i]};
+          to.insert(to.end(), from.begin() + ptrdiff_t((base + prompt) * ld), from.end());
+          return to;
+        };
+        CHECK(furthest(found.out, folded(wanted.out, ldq, false)) == 0);
+        CHECK(furthest(found.lse, folded(wanted.lse, s.heads, false)) == 0);
+        // Sums of up to a thousand terms of size 1, in another order.
+        CHECK(furthest(found.dq, folded(wanted.dq, ldq, true)) <= 1e-4);
+        CHECK(furthest(found.dk, folded(wanted.dk, ldkv, true)) <= 1e-4);
+        CHECK(furthest(found.dv, folded(wanted.dv, ldkv, true)) <= 1e-4);
+      }
+    }
+  }
+}
+
 TEST_CASE("training's forward pass and inference over an f32 cache give the same bits") {
   const AttentionShape s = shape_of(6, 2, 64);
   const size_t tokens = 700, ldq = 6 * 64, ldkv = 2 * 64;
   const Tokens x = tokens_for(s, tokens, 61);
   Pool pool(2);
   std::vector<float> out(tokens * ldq), lse(tokens * s.heads);
-  attend_packed(pool, s, std::vector<size_t>{0, tokens}, x.q.data(), ldq, x.k.data(), x.v.data(),
-                ldkv, out.data(), ldq, lse.data());
+  attend_packed(pool, s, documents_of({0, tokens}), x.q.data(), ldq, x.k.data(), x.v.data(), ldkv,
+                out.data(), ldq, lse.data());
   CHECK(same_bits(out, run_cached(pool, s, KvType::f32, x, tokens, {tokens})));
 }
 

@@ -1,5 +1,7 @@
 #include "engine/training.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <nlohmann/json.hpp>
@@ -7,7 +9,10 @@
 #include "base/files.h"
 #include "base/random.h"
 #include "engine/model_files.h"
+#include "engine/weights.h"
+#include "formats/safetensors.h"
 #include "support.h"
+#include "tiny_model.h"
 
 using namespace moru;
 
@@ -97,7 +102,7 @@ struct Gradients {
   double loss = 0;
   std::vector<float> values, nll;
 };
-Gradients gradients_of(Pool& pool, const Model& model, const Lora& lora,
+Gradients gradients_of(Pool& pool, Model& model, const Lora& lora,
                        std::span<const Document> documents, TrainingOptions options = {}) {
   const TrainingBatch batch = batch_of(documents);
   options.tokens = batch.tokens();
@@ -145,7 +150,7 @@ TEST_CASE("losses and gradients are PEFT's in f32") {
   Pool pool(2);
   for (const char* name : kModels) {
     CAPTURE(name);
-    const Model model = load(pool, name, Profile::f32);
+    Model model = load(pool, name, Profile::f32);
     const SafetensorsFile file(kGolden / name / "expected.safetensors");
     const Lora lora = expected_adapter(file, model.config);
     const auto documents = expected_documents(file);
@@ -175,7 +180,7 @@ TEST_CASE("bf16 gradients stay near f32's") {
     CAPTURE(name);
     const SafetensorsFile file(kGolden / name / "expected.safetensors");
     const auto documents = expected_documents(file);
-    const Model f32 = load(pool, name, Profile::f32), bf16 = load(pool, name, Profile::bf16);
+    Model f32 = load(pool, name, Profile::f32), bf16 = load(pool, name, Profile::bf16);
     const Lora lora = expected_adapter(file, f32.config);
     const Gradients exact = gradients_of(pool, f32, lora, documents);
     const Gradients rounded = gradients_of(pool, bf16, lora, documents);
@@ -192,7 +197,7 @@ TEST_CASE("the number of threads changes no bit") {
       std::vector<Gradients> found;
       for (const size_t threads : {1, 2, 3}) {
         Pool pool(threads);
-        const Model model = load(pool, name, profile);
+        Model model = load(pool, name, profile);
         const Lora lora = random_adapter(
             model.config, std::array{Projection::q, Projection::v, Projection::down}, 4);
         found.push_back(gradients_of(pool, model, lora, random_documents({60, 13, 64, 5})));
@@ -210,7 +215,7 @@ TEST_CASE("what is made anew has the bits of what is kept") {
   for (const char* name : kModels) {
     for (const Profile profile : {Profile::f32, Profile::bf16}) {
       CAPTURE(name);
-      const Model model = load(pool, name, profile);
+      Model model = load(pool, name, profile);
       const Lora lora =
           random_adapter(model.config, std::array{Projection::k, Projection::o, Projection::up}, 3);
       const auto documents = random_documents({40, 30});
@@ -229,7 +234,7 @@ TEST_CASE("packed documents give what each gives alone, and so do small batches"
   Pool pool(2);
   for (const char* name : kModels) {
     CAPTURE(name);
-    const Model model = load(pool, name, Profile::f32);
+    Model model = load(pool, name, Profile::f32);
     const Lora lora = random_adapter(
         model.config, std::array{Projection::q, Projection::k, Projection::v, Projection::gate}, 4);
     const auto documents = random_documents({17, 5, 40, 11, 2, 33, 8, 21});
@@ -252,7 +257,7 @@ TEST_CASE("packed documents give what each gives alone, and so do small batches"
 
 TEST_CASE("any subset of matrices, also of single layers, has the gradient it has among all") {
   Pool pool(2);
-  const Model model = load(pool, "gemma3", Profile::f32);
+  Model model = load(pool, "gemma3", Profile::f32);
   const auto documents = random_documents({30, 12});
   std::vector<Projection> all;
   for (size_t p = 0; p < kProjections; ++p) all.push_back(static_cast<Projection>(p));
@@ -287,7 +292,7 @@ TEST_CASE("any subset of matrices, also of single layers, has the gradient it ha
 
 TEST_CASE("evaluation gives the loss of training") {
   Pool pool(2);
-  const Model model = load(pool, "gemma3", Profile::f32);
+  Model model = load(pool, "gemma3", Profile::f32);
   const Lora lora = random_adapter(model.config, std::array{Projection::o}, 2);
   const TrainingBatch batch = batch_of(random_documents({30, 12}));
   LoraTraining training(pool, model, lora, {.tokens = batch.tokens()});
@@ -301,7 +306,7 @@ TEST_CASE("evaluation gives the loss of training") {
 
 TEST_CASE("a batch without a token to learn has loss 0 and no gradient") {
   Pool pool(1);
-  const Model model = load(pool, "llama", Profile::f32);
+  Model model = load(pool, "llama", Profile::f32);
   const Lora lora = random_adapter(model.config, std::array{Projection::q}, 2);
   TrainingBatch batch;
   batch.append(std::array{1, 2, 3}, std::array<uint8_t, 3>{1, 0, 0});
@@ -309,4 +314,226 @@ TEST_CASE("a batch without a token to learn has loss 0 and no gradient") {
   training.clear_gradients();
   CHECK(training.accumulate(batch, 1) == 0);
   for (const float g : training.gradients()) CHECK(g == 0);
+}
+
+// ---- weights of other forms -------------------------------------------------------------------
+
+TEST_CASE("a quantized model gives the gradients of its weights dequantized") {
+  Pool pool(2);
+  for (const char* family : {"llama", "gemma3"}) {
+    for (const DType type : {DType::q4_k, DType::q8_0, DType::q6_k, DType::q4_0}) {
+      CAPTURE(family);
+      CAPTURE(static_cast<int>(type));
+      const TempDir dir;
+      const auto path = dir.path() / "tiny.gguf";
+      write_tiny_model(path, {.family = family, .type = type});
+      const ModelFiles files = open_model(path);
+      Model exact = load_model(pool, files, {.profile = Profile::exact, .context = 64});
+      Model plain = load_model(pool, files, {.profile = Profile::f32, .context = 64});
+      const Lora lora = random_adapter(
+          exact.config, std::array{Projection::q, Projection::o, Projection::up, Projection::down},
+          4);
+      std::vector<Document> documents = random_documents({20, 9, 33});
+      for (Document& d : documents)
+        for (int32_t& id : d.ids) id %= static_cast<int32_t>(exact.config.vocab);
+      const Gradients found =
+          gradients_of(pool, exact, lora, documents, {.quantized_type = DType::f32});
+      const Gradients wanted = gradients_of(pool, plain, lora, documents);
+      CHECK(found.loss == wanted.loss);
+      CHECK(found.values == wanted.values);
+      const Gradients rounded = gradients_of(pool, exact, lora, documents);
+      CHECK(relative_distance(rounded.values, wanted.values) < 3e-2);
+    }
+  }
+}
+
+namespace {
+
+Lora all_whole(Pool& pool, Model& model) {
+  Lora lora;
+  lora.layers.resize(model.config.layers);
+  for (const NamedWeight& w : weights_of(model))
+    lora.whole.push_back({.name = w.name, .rows = w.rows(), .cols = w.cols()});
+  lay_out(lora, model.config);
+  take_whole(pool, model, DType::f32, lora);
+  return lora;
+}
+
+// G · sin(1 … cols), then cos(1 … rows) · G, as expect_full_gradients.py stores them.
+std::vector<float> projected(std::span<const float> g, size_t cols) {
+  const size_t rows = g.size() / cols;
+  std::vector<double> right(rows), left(cols);
+  for (size_t r = 0; r < rows; ++r)
+    for (size_t c = 0; c < cols; ++c) {
+      right[r] += double{g[r * cols + c]} * std::sin(static_cast<double>(c + 1));
+      left[c] += double{g[r * cols + c]} * std::cos(static_cast<double>(r + 1));
+    }
+  std::vector<float> out(right.begin(), right.end());
+  out.insert(out.end(), left.begin(), left.end());
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("every weight's gradient is torch's, a tied embedding's both ways") {
+  Pool pool(2);
+  for (const char* name : kModels) {
+    CAPTURE(name);
+    Model model = load(pool, name, Profile::f32);
+    const SafetensorsFile file(kGolden / name / "expected_full.safetensors");
+    const Lora lora = all_whole(pool, model);
+    const SafetensorsFile data(kGolden / name / "expected.safetensors");
+    const Gradients found = gradients_of(pool, model, lora, expected_documents(data));
+    size_t compared = 0;
+    for (const WholeWeight& w : lora.whole) {
+      CAPTURE(w.name);
+      const Tensor* wanted = file.find("gradient." + w.name);
+      REQUIRE(wanted != nullptr);
+      CHECK(relative_distance(projected(std::span(found.values).subspan(w.at, w.count()), w.cols),
+                              floats(*wanted)) < 1e-4);
+      ++compared;
+    }
+    CHECK(compared == file.tensors().size());
+  }
+}
+
+TEST_CASE("whole weights and pairs learn side by side, also in bf16 and in single layers") {
+  Pool pool(2);
+  for (const char* name : kModels) {
+    CAPTURE(name);
+    const auto documents = random_documents({30, 12});
+    Model model = load(pool, name, Profile::f32);
+    const Lora all = all_whole(pool, model);
+    const Gradients wanted = gradients_of(pool, model, all, documents);
+    for (const WholeWeight& w : all.whole) {
+      CAPTURE(w.name);
+      Lora some;
+      some.layers.resize(model.config.layers);
+      for (LoraPair& pair : some.layers[1]) pair = {.rank = 2, .alpha = 4};  // B = 0
+      some.whole = {w};
+      lay_out(some, model.config);
+      take_whole(pool, model, DType::f32, some);
+      const Gradients found = gradients_of(pool, model, some, documents);
+      CHECK(relative_distance(std::span(found.values).subspan(some.whole[0].at, w.count()),
+                              std::span(wanted.values).subspan(w.at, w.count())) < 1e-5);
+    }
+    Model half = load(pool, name, Profile::bf16);
+    CHECK(relative_distance(gradients_of(pool, half, all, documents).values, wanted.values) < 3e-2);
+  }
+}
+
+// ---- preferences ------------------------------------------------------------------------------
+
+TEST_CASE("answers that share their prompt's rows have the losses and gradients of plain pairs") {
+  Pool pool(2);
+  for (const char* name : kModels) {
+    CAPTURE(name);
+    Model model = load(pool, name, Profile::f32);
+    const Lora lora = random_adapter(
+        model.config, std::array{Projection::q, Projection::k, Projection::v, Projection::down}, 4);
+    const auto documents = random_documents({25, 13, 18, 16, 9, 11});
+    TrainingBatch shared, plain;
+    for (size_t pair = 0; pair + 1 < documents.size(); pair += 2) {
+      const size_t prompt = 7;
+      Document chosen = documents[pair], rejected = documents[pair + 1];
+      std::copy_n(chosen.ids.begin(), prompt, rejected.ids.begin());
+      std::fill_n(chosen.trained.begin(), prompt, uint8_t{0});
+      std::fill_n(rejected.trained.begin(), prompt, uint8_t{0});
+      plain.append(chosen.ids, chosen.trained);
+      plain.append(rejected.ids, rejected.trained);
+      shared.append(chosen.ids, chosen.trained);
+      // The last token of the prompt stands in both: it predicts two different tokens.
+      shared.append_after(pair, prompt - 1, std::span(rejected.ids).subspan(prompt - 1),
+                          std::span(rejected.trained).subspan(prompt - 1));
+    }
+    CHECK(shared.tokens() + 18 == plain.tokens());
+    CHECK(shared.trained() == plain.trained());
+    // Chosen answers up, rejected ones down.
+    const auto run = [&](const TrainingBatch& batch, std::vector<float>& nll) {
+      LoraTraining training(pool, model, lora, {.tokens = batch.tokens()});
+      training.clear_gradients();
+      TokenLosses losses;
+      losses.stats.resize(batch.tokens());
+      training.accumulate(
+          batch,
+          [&](std::span<const float> found, std::span<float> factors) {
+            REQUIRE(found.size() == batch.tokens());
+            for (size_t d = 0; d < batch.documents.size(); ++d)
+              for (size_t i = batch.documents[d].first; i < batch.documents[d].end; ++i)
+                factors[i] = (d % 2 == 0 ? 0.3f : -0.2f) * found[i];
+          },
+          losses);
+      for (size_t i = 0; i < batch.tokens(); ++i)
+        if (batch.targets[i] != TrainingBatch::kNoTarget) {
+          nll.push_back(losses.nll[i]);
+          // The likeliest of n tokens is no less likely than 1/n, and one above ½ is the likeliest.
+          const auto vocab = static_cast<float>(model.config.vocab);
+          if (losses.stats[i].top) CHECK(losses.nll[i] <= std::log(vocab) + 1e-5f);
+          if (losses.nll[i] < 0.69f) CHECK(losses.stats[i].top);
+        }
+      const auto gradients = training.gradients();
+      return std::vector<float>(gradients.begin(), gradients.end());
+    };
+    std::vector<float> nll, wanted_nll;
+    const std::vector<float> found = run(shared, nll), wanted = run(plain, wanted_nll);
+    REQUIRE(nll.size() == wanted_nll.size());
+    for (size_t i = 0; i < nll.size(); ++i)
+      CHECK(nll[i] == doctest::Approx(wanted_nll[i]).epsilon(1e-5));
+    CHECK(relative_distance(found, wanted) < 1e-5);
+  }
+}
+
+TEST_CASE("factors on tokens are the same whether the head learns or not") {
+  Pool pool(2);
+  Model model = load(pool, "gemma3", Profile::f32);
+  const auto documents = random_documents({21, 15});
+  const TrainingBatch batch = batch_of(documents);
+  const auto run = [&](std::initializer_list<const char*> whole) {
+    Lora lora;
+    lora.layers.resize(model.config.layers);
+    for (const NamedWeight& w : weights_of(model))
+      for (const char* name : whole)
+        if (w.name == name)
+          lora.whole.push_back({.name = name, .rows = w.rows(), .cols = w.cols()});
+    lay_out(lora, model.config);
+    take_whole(pool, model, DType::f32, lora);
+    LoraTraining training(pool, model, lora, {.tokens = batch.tokens()});
+    training.clear_gradients();
+    TokenLosses losses;
+    training.accumulate(
+        batch,
+        [](std::span<const float> nll, std::span<float> factors) {
+          for (size_t i = 0; i < nll.size(); ++i) factors[i] = std::sin(nll[i]);
+        },
+        losses);
+    const WholeWeight& w = *lora.find_whole("blk.0.attn_q.weight");
+    const auto part = training.gradients().subspan(w.at, w.count());
+    return std::vector<float>(part.begin(), part.end());
+  };
+  CHECK(relative_distance(run({"blk.0.attn_q.weight", "output_norm.weight"}),
+                          run({"blk.0.attn_q.weight"})) < 1e-5);
+}
+
+TEST_CASE("a document's losses have the same bits in any batch") {
+  // What lets log-probabilities of the reference, computed once, be compared with those of a step.
+  Pool pool(2);
+  for (const char* name : kModels) {
+    for (const Profile profile : {Profile::f32, Profile::bf16}) {
+      CAPTURE(name);
+      Model model = load(pool, name, profile);
+      const Lora lora = random_adapter(model.config, std::array{Projection::q, Projection::up}, 4);
+      const auto documents = random_documents({61, 3, 64, 50, 64, 33, 64, 64, 64, 7});
+      const TrainingBatch together = batch_of(documents);
+      LoraTraining training(pool, model, lora, {.tokens = together.tokens()});
+      std::vector<float> nll(together.tokens());
+      training.accumulate(together, 1, nll);
+      for (size_t d = 0; d < documents.size(); ++d) {
+        const TrainingBatch alone = batch_of(std::span(&documents[d], 1));
+        std::vector<float> one(alone.tokens());
+        training.evaluate(alone, one);
+        const size_t first = together.documents[d].first;
+        CHECK(std::equal(one.begin(), one.end(), nll.begin() + static_cast<std::ptrdiff_t>(first)));
+      }
+    }
+  }
 }
