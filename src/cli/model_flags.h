@@ -33,6 +33,15 @@ struct ModelFlags {
         ->capture_default_str();
   }
 
+  // --draft of commands that generate.
+  static void add_draft_to(CLI::App& cmd, bool& drafts) {
+    cmd.add_option_function<std::string>(
+           "--draft", [&drafts](const std::string& kind) { drafts = kind == "lookup"; },
+           "lookup: guess at tokens that the text already had, never another answer; off")
+        ->check(CLI::IsMember({"lookup", "off"}))
+        ->default_str("lookup");
+  }
+
   size_t pool_size() const { return threads != 0 ? threads : usable_threads(); }
   LoadOptions load_options() const {
     LoadOptions options{.context = context};

@@ -11,8 +11,10 @@
 #include "base/clock.h"
 #include "base/cpu.h"
 #include "base/error.h"
+#include "base/files.h"
 #include "cli/commands.h"
 #include "cli/model_flags.h"
+#include "engine/constraint.h"
 #include "engine/forward.h"
 #include "engine/generate.h"
 #include "engine/prompt.h"
@@ -23,19 +25,35 @@ namespace {
 struct RunFlags {
   ModelFlags model;
   std::string prompt, system;
-  bool raw = false, json = false;
+  std::string json_schema, regex;  // a file, an expression
+  bool raw = false, json = false, json_object = false, drafts = true;
   size_t max_tokens = 512;
   SamplingOptions sampling;
 };
 
+// What the flags hold answers to; nullptr: to nothing.
+std::shared_ptr<const Language> language_of(const RunFlags& flags) {
+  using Kind = ConstraintSource::Kind;
+  if (!flags.json_schema.empty())
+    return std::make_shared<Language>(
+        ConstraintSource{Kind::json_schema, read_file(flags.json_schema)});
+  if (!flags.regex.empty())
+    return std::make_shared<Language>(ConstraintSource{Kind::regex, flags.regex});
+  if (flags.json_object) return std::make_shared<Language>(ConstraintSource{Kind::json_object, ""});
+  return nullptr;
+}
+
 // Answers one prompt, printing as the text comes. Returns the whole answer.
 GenerationResult answer(Generator& generator, const ModelFiles& files, const RunFlags& flags,
+                        const std::shared_ptr<const Language>& language,
                         std::vector<TokenId> prompt, bool print) {
   GenerationResult result;
   generator.submit({.prompt = std::move(prompt),
                     .max_tokens = flags.max_tokens,
                     .sampling = flags.sampling,
-                    .stop_ids = files.stop_ids});
+                    .stop_ids = files.stop_ids,
+                    .language = language,
+                    .drafts = flags.drafts});
   while (generator.busy()) {
     generator.step([&](const GenerationEvent& event) {
       result.text += event.text;
@@ -61,6 +79,7 @@ void print_json(const GenerationResult& result, double seconds) {
 }
 
 void run(const RunFlags& flags) {
+  const std::shared_ptr<const Language> language = language_of(flags);
   const ModelFiles files = open_model(flags.model.path);
   if (!flags.raw && !files.chat_template)
     throw Error(ErrorKind::usage, {.where = flags.model.path,
@@ -82,7 +101,8 @@ void run(const RunFlags& flags) {
       messages.push_back({{"role", "user"}, {"content", text}});
       prompt = encode_chat(files, {.messages = messages, .add_generation_prompt = true});
     }
-    const GenerationResult result = answer(generator, files, flags, std::move(prompt), !flags.json);
+    const GenerationResult result =
+        answer(generator, files, flags, language, std::move(prompt), !flags.json);
     messages.push_back({{"role", "assistant"}, {"content", result.text}});
     if (flags.json) print_json(result, watch.seconds());
     if (!flags.json) fmt::print("\n");
@@ -120,8 +140,31 @@ void add_run(CLI::App& app) {
       ->capture_default_str();
   cmd->add_option("--min-p", s.min_p, "keep tokens with this share of the best's probability")
       ->capture_default_str();
+  cmd->add_option("--typical-p", s.typical_p, "keep tokens about as surprising as expected")
+      ->capture_default_str();
   cmd->add_option("--repetition-penalty", s.repetition_penalty, "1: none")->capture_default_str();
+  cmd->add_option("--presence-penalty", s.presence_penalty, "of tokens that the answer has")
+      ->capture_default_str();
+  cmd->add_option("--frequency-penalty", s.frequency_penalty, "for each time that it has them")
+      ->capture_default_str();
+  cmd->add_option("--dry-multiplier", s.dry_multiplier, "against repeated sequences; 0: off")
+      ->capture_default_str();
+  cmd->add_option("--dry-base", s.dry_base, "how steeply that grows with their length")
+      ->capture_default_str();
+  cmd->add_option("--dry-allowed-length", s.dry_allowed_length, "tokens that may repeat")
+      ->capture_default_str();
+  cmd->add_option("--dry-sequence-breaker", s.dry_sequence_breakers,
+                  "text at which a repetition ends; may be given again");
   cmd->add_option("--seed", s.seed, "same seed, same answer")->capture_default_str();
+  ModelFlags::add_draft_to(*cmd, flags->drafts);
+  CLI::Option* schema =
+      cmd->add_option("--json-schema", flags->json_schema, "file: answer with JSON that it allows");
+  CLI::Option* regex =
+      cmd->add_option("--regex", flags->regex, "answer with a text that it matches, as a whole")
+          ->excludes(schema);
+  cmd->add_flag("--json-object", flags->json_object, "answer with a JSON object")
+      ->excludes(schema)
+      ->excludes(regex);
   cmd->add_flag("--json", flags->json, "print one JSON object an answer");
   cmd->callback([flags] { run(*flags); });
 }

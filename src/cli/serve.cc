@@ -41,6 +41,7 @@ void add_serve(CLI::App& app) {
   cmd->add_option("--max-sequences", o.backend.sequences, "answers computed at once")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
+  ModelFlags::add_draft_to(*cmd, o.backend.drafts);
   cmd->add_option("--max-waiting", o.waiting, "answers that may wait; more are refused")
       ->check(CLI::Range(0, 100'000))
       ->capture_default_str();

@@ -7,7 +7,9 @@
 #include <deque>
 #include <list>
 
+#include "base/clock.h"
 #include "base/error.h"
+#include "engine/draft.h"
 #include "engine/row_ops.h"
 
 namespace moru {
@@ -20,6 +22,9 @@ constexpr size_t kPromptTokensBesideAnswers = 128;
 constexpr size_t kRemembered = 64;
 // A shorter common beginning is not worth a copied page.
 constexpr size_t kMinShared = 16;
+// Languages whose masks are kept.
+constexpr size_t kKnownMasks = 8;
+constexpr size_t kMostForcedBytes = 256;
 
 size_t common_prefix(std::span<const TokenId> a, std::span<const TokenId> b) {
   return static_cast<size_t>(std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first -
@@ -74,16 +79,26 @@ struct Active {
   KvSequence sequence;          // holds a beginning of `tokens`
   bool admitted = false;
   size_t planned = 0;  // tokens of this step
+  LookupDraft lookup;
+  DraftAccount account;
+  std::vector<TokenId> draft;  // of this step: the last token and guesses at what follows; or empty
   size_t cached_tokens = 0, completion_tokens = 0;
   TextStream text;
   StopFilter stop;
+  std::vector<TokenId> breakers;  // of DRY, in this vocabulary
+  std::optional<Constraint> constraint;
 
   Active(uint64_t n, GenerationRequest r, const Tokenizer& tokenizer)
       : number(n),
         request(std::move(r)),
         tokens(request.prompt),
+        lookup(request.drafts ? request.prompt.size() + request.max_tokens : 0),
         text(tokenizer),
-        stop(request.stop_texts) {}
+        stop(request.stop_texts) {
+    draft.reserve(DraftAccount::kLongest + 1);
+    if (request.sampling.dry_multiplier > 0)
+      breakers = tokens_holding(tokenizer, request.sampling.dry_sequence_breakers);
+  }
 
   size_t pending() const { return tokens.size() - sequence.tokens(); }
 };
@@ -103,8 +118,19 @@ struct Generator::State {
   std::list<Active> requests;         // in order of submission; the admitted ones compute
   std::deque<Remembered> remembered;  // least recently used first
   Sampler sampler;
+  std::vector<float> untouched;                         // a row of logits as the model gave it
+  std::vector<float> ends;                              // and of it, the stop ids' logits
+  std::shared_ptr<const Vocabulary> vocabulary;         // made for the first constraint
+  std::deque<std::shared_ptr<TokenMasks>> known_masks;  // of the languages last seen
   std::vector<StepSpan> spans;
   std::vector<Active*> stepping;
+  struct Row {
+    Active* active;
+    size_t index;  // in its span
+  };
+  std::vector<Row> rows;  // that want logits, in order
+  RowCost row_cost;
+  Drafted drafted;
 
   KvCache& cache() { return engine.cache(); }
 
@@ -174,10 +200,19 @@ struct Generator::State {
       admitted += a.admitted;
     }
     size_t room = engine.step_tokens();
+    const auto answers =
+        static_cast<size_t>(std::count_if(requests.begin(), requests.end(), [](const Active& a) {
+          return a.admitted && a.pending() == 1;
+        }));
+    size_t guesses = 0;
     for (Active& a : requests) {
+      a.draft.clear();
       if (!a.admitted || a.pending() != 1 || room == 0 || !make_room(a, 1)) continue;
-      take_part(a, 1);
-      --room;
+      if (room > answers + guesses) guess(a, answers, guesses);
+      const size_t count = std::max<size_t>(a.draft.size(), 1);
+      guesses += count - 1;
+      take_part(a, count);
+      room -= std::min(room, count);
     }
     if (!stepping.empty()) room = std::min(room, kPromptTokensBesideAnswers);
     for (Active& a : requests) {
@@ -187,14 +222,122 @@ struct Generator::State {
       take_part(a, count);
       room -= count;
     }
-    for (Active* a : stepping)
-      spans.push_back({&a->sequence, std::span(a->tokens).subspan(a->sequence.tokens(), a->planned),
-                       a->planned == a->pending() ? a->planned - 1 : a->planned});
+    rows.clear();
+    for (Active* a : stepping) {
+      if (a->draft.empty()) {
+        spans.push_back({&a->sequence,
+                         std::span(a->tokens).subspan(a->sequence.tokens(), a->planned),
+                         a->planned == a->pending() ? a->planned - 1 : a->planned});
+      } else {
+        spans.push_back({&a->sequence, a->draft, 0});
+      }
+      for (size_t i = spans.back().logits_from; i < a->planned; ++i) rows.push_back({a, i});
+    }
+  }
+
+  // A draft for `a`, if it is likely to pay in a step of `answers` tokens and `guesses` of others.
+  void guess(Active& a, size_t answers, size_t guesses) {
+    if (!a.request.drafts || engine.model().profile != Profile::exact) return;
+    const size_t before = answers + guesses;
+    if (before + DraftAccount::kShortest > RowCost::kMostRows) return;
+    size_t most = a.account.length(draft_cost(answers, guesses, DraftAccount::kShortest));
+    most =
+        std::min({most, RowCost::kMostRows - before, a.request.max_tokens - a.completion_tokens - 1,
+                  engine.model().config.context - a.tokens.size()});
+    const std::span<const TokenId> found = a.lookup.find(a.tokens, most);
+    if (found.empty() || cache().pages_for(a.sequence, 1 + found.size()) > cache().free_pages())
+      return;
+    a.draft.assign(1, a.tokens.back());
+    a.draft.insert(a.draft.end(), found.begin(), found.end());
+  }
+
+  // What a draft costs, in tokens that the step's answers would have had in its time.
+  double draft_cost(size_t answers, size_t guesses, size_t tokens) const {
+    return row_cost.of_more(answers + guesses, tokens) * static_cast<double>(answers);
+  }
+
+  // Whether the answer ends with the draft's tokens up to `index`, and so wants its logits.
+  bool follows_draft(const Active& a, size_t index) const {
+    const size_t start = a.sequence.tokens() - a.draft.size();
+    return a.tokens.size() == start + index + 1 &&
+           std::equal(a.draft.begin(), a.draft.begin() + static_cast<ptrdiff_t>(index) + 1,
+                      a.tokens.begin() + static_cast<ptrdiff_t>(start));
+  }
+
+  // After a step: keys and values of wrong guesses go, and the accounts are settled.
+  void settle_drafts(double seconds) {
+    const bool answers_alone = std::all_of(stepping.begin(), stepping.end(), [](const Active* a) {
+      return a->planned == 1 || !a->draft.empty();
+    });
+    if (answers_alone) row_cost.learn(rows.size(), seconds);
+    for (Active* a : stepping) {
+      if (a->draft.empty()) {
+        if (a->planned == 1) a->account.settle(0, 0, 0);
+        continue;
+      }
+      const size_t start = a->sequence.tokens() - a->draft.size(), guesses = a->draft.size() - 1;
+      const size_t same = common_prefix(a->draft, std::span(a->tokens).subspan(start));
+      cache().truncate(a->sequence, start + same);
+      drafted.tokens += guesses;
+      drafted.right += same - 1;
+      a->account.settle(guesses, same - 1, draft_cost(stepping.size(), 0, guesses));
+    }
   }
 
   void take_part(Active& a, size_t count) {
     a.planned = count;
     stepping.push_back(&a);
+  }
+
+  // Masks of a language, kept for the next request that wants the same one.
+  std::shared_ptr<TokenMasks> masks_of(const std::shared_ptr<const Language>& language) {
+    for (const auto& masks : known_masks)
+      if (&masks->language() == language.get()) return masks;
+    if (vocabulary == nullptr)
+      vocabulary = std::make_shared<Vocabulary>(tokenizer, engine.model().config.vocab);
+    if (known_masks.size() == kKnownMasks) known_masks.pop_front();
+    known_masks.push_back(std::make_shared<TokenMasks>(language, vocabulary));
+    return known_masks.back();
+  }
+
+  // Tokens that the answer's language allows, and its end where that is allowed. False if there
+  // are none: the vocabulary cannot spell what must come.
+  bool constrain(Active& a, std::span<float> logits) {
+    const std::span<const uint64_t> mask = a.constraint->mask();
+    const bool may_end = a.constraint->accepts() && !a.request.stop_ids.empty();
+    const bool may_go_on = std::any_of(mask.begin(), mask.end(), [](uint64_t w) { return w != 0; });
+    ends.clear();
+    for (const TokenId id : a.request.stop_ids) ends.push_back(logits[static_cast<size_t>(id)]);
+    apply_mask(mask, logits);
+    for (size_t i = 0; i < ends.size(); ++i)
+      logits[static_cast<size_t>(a.request.stop_ids[i])] = may_end ? ends[i] : -INFINITY;
+    return may_end || may_go_on;
+  }
+
+  // The ids of what must come next, but for the last: it might be the beginning of a longer token
+  // that the model prefers.
+  void add_forced(Active& a, GenerationEvent& event) {
+    const std::string bytes = a.constraint->forced(kMostForcedBytes);
+    if (bytes.size() < 2) return;
+    const std::vector<TokenId> ids = tokenizer.encode(bytes, Tokenizer::Specials::literal);
+    std::string spelled;
+    for (const TokenId id : ids) spelled += tokenizer.bytes_of(id);
+    if (spelled != bytes) return;  // this tokenizer changes texts
+    for (size_t i = 0; i + 1 < ids.size() && !event.finish; ++i) add_token(a, ids[i], event);
+  }
+
+  // The answer goes on with `id`.
+  void add_token(Active& a, TokenId id, GenerationEvent& event) {
+    ++a.completion_tokens;
+    a.tokens.push_back(id);
+    event.text += a.stop.push(a.text.push(id));
+    if (a.constraint) MORU_CHECK(a.constraint->take(tokenizer.bytes_of(id)));
+    if (a.stop.stopped() || (a.constraint && a.constraint->complete())) {
+      event.finish = Finish::stop;
+    } else if (a.completion_tokens >= a.request.max_tokens ||
+               a.tokens.size() >= engine.model().config.context) {
+      event.finish = Finish::length;
+    }
   }
 
   // One new token of `a`, from its logits.
@@ -206,31 +349,28 @@ struct Generator::State {
       logprob.top = top_logits(logits, *a.request.top_logprobs);
       for (auto& entry : logprob.top) entry.second -= lse;
     }
-    // Penalties overwrite logits, so the reported value is looked up in a copy of what matters.
-    const std::vector<float> before = a.request.top_logprobs
-                                          ? std::vector<float>(logits.begin(), logits.end())
-                                          : std::vector<float>();
-    const TokenId id =
-        sampler.choose(logits, a.request.sampling, a.tokens, a.request.prompt.size());
-    ++a.completion_tokens;
+    // Choosing overwrites logits, so the reported value is looked up in a copy.
+    if (a.request.top_logprobs) untouched.assign(logits.begin(), logits.end());
+    if (a.constraint && !constrain(a, logits)) {
+      event.finish = a.constraint->accepts() ? Finish::stop : Finish::length;
+      return;
+    }
+    const TokenId id = sampler.choose(
+        logits, a.request.sampling,
+        {.history = a.tokens, .prompt_tokens = a.request.prompt.size(), .breakers = a.breakers});
     if (std::find(a.request.stop_ids.begin(), a.request.stop_ids.end(), id) !=
         a.request.stop_ids.end()) {
+      ++a.completion_tokens;
       event.finish = Finish::stop;
       return;
     }
-    a.tokens.push_back(id);
     if (a.request.top_logprobs) {
       logprob.id = id;
-      logprob.logprob = before[static_cast<size_t>(id)] - lse;
+      logprob.logprob = untouched[static_cast<size_t>(id)] - lse;
       event.logprobs.push_back(std::move(logprob));
     }
-    event.text = a.stop.push(a.text.push(id));
-    if (a.stop.stopped()) {
-      event.finish = Finish::stop;
-    } else if (a.completion_tokens >= a.request.max_tokens ||
-               a.tokens.size() >= engine.model().config.context) {
-      event.finish = Finish::length;
-    }
+    add_token(a, id, event);
+    if (a.constraint && !a.request.top_logprobs && !event.finish) add_forced(a, event);
   }
 };
 
@@ -253,7 +393,8 @@ uint64_t Generator::submit(GenerationRequest request) {
   check_sampling(request.sampling, c.vocab);
   request.max_tokens = std::min(request.max_tokens, limit - request.prompt.size());
   const uint64_t number = state_->next_number++;
-  state_->requests.emplace_back(number, std::move(request), state_->tokenizer);
+  Active& a = state_->requests.emplace_back(number, std::move(request), state_->tokenizer);
+  if (a.request.language) a.constraint.emplace(state_->masks_of(a.request.language));
   return number;
 }
 
@@ -262,6 +403,7 @@ void Generator::cancel(uint64_t request) {
 }
 
 void Generator::forget() { state_->remembered.clear(); }
+Generator::Drafted Generator::drafted() const { return state_->drafted; }
 bool Generator::busy() const { return !state_->requests.empty(); }
 
 void Generator::step(const std::function<void(const GenerationEvent&)>& emit) {
@@ -280,17 +422,21 @@ void Generator::step(const std::function<void(const GenerationEvent&)>& emit) {
   s.plan();
   if (s.spans.empty()) return;
 
-  std::vector<size_t> wanted;  // indices of spans whose last token wants logits
-  for (size_t i = 0; i < s.spans.size(); ++i)
-    if (s.spans[i].logits_from < s.spans[i].tokens.size()) wanted.push_back(i);
   std::vector<GenerationEvent> events;
   const size_t vocab = s.engine.model().config.vocab;
+  const Stopwatch watch;
   s.engine.step(s.spans, [&](size_t first, size_t count, float* logits) {
     for (size_t i = 0; i < count; ++i) {
-      Active& a = *s.stepping[wanted[first + i]];
-      GenerationEvent event{.request = a.number,
-                            .prompt_tokens = a.request.prompt.size(),
-                            .cached_tokens = std::min(a.cached_tokens, a.request.prompt.size())};
+      const auto [active, index] = s.rows[first + i];
+      Active& a = *active;
+      if (index == 0 || a.draft.empty()) {
+        events.push_back({.request = a.number,
+                          .prompt_tokens = a.request.prompt.size(),
+                          .cached_tokens = std::min(a.cached_tokens, a.request.prompt.size())});
+      } else if (events.back().finish || !s.follows_draft(a, index)) {
+        continue;
+      }
+      GenerationEvent& event = events.back();
       s.take(a, {logits + i * vocab, vocab}, event);
       event.completion_tokens = a.completion_tokens;
       if (event.finish && !a.stop.stopped()) {
@@ -298,9 +444,9 @@ void Generator::step(const std::function<void(const GenerationEvent&)>& emit) {
         if (*event.finish == Finish::stop) event.text += a.stop.push(a.text.finish());
         event.text += a.stop.finish();
       }
-      events.push_back(std::move(event));
     }
   });
+  s.settle_drafts(watch.seconds());
   std::sort(events.begin(), events.end(),
             [](const auto& a, const auto& b) { return a.request < b.request; });
   for (const GenerationEvent& event : events) {

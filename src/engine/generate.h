@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/constraint.h"
 #include "engine/forward.h"
 #include "engine/sampling.h"
 #include "formats/tokenizer.h"
@@ -24,7 +25,14 @@ struct GenerationRequest {
   SamplingOptions sampling;
   std::vector<TokenId> stop_ids;        // end the answer and are not part of it
   std::vector<std::string> stop_texts;  // likewise, wherever token borders fall
-  std::optional<size_t> top_logprobs;   // report each token's log-probability and this many others
+  // The answer is a text of this language: it ends where one does, or cut short at max_tokens.
+  // Tokens that nothing else could stand for are added without asking the model, unless
+  // log-probabilities are wanted.
+  std::shared_ptr<const Language> language;
+  // Guess at what comes from the text so far (engine/draft.h): faster where an answer repeats its
+  // prompt. Takes effect under the exact profile alone, where it changes no answer.
+  bool drafts = true;
+  std::optional<size_t> top_logprobs;  // report each token's log-probability and this many others
 };
 
 struct TokenLogprob {
@@ -58,6 +66,11 @@ class Generator {
   // Drops a request; no further event comes. Unknown numbers are ignored.
   void cancel(uint64_t request);
   bool busy() const;
+  // Tokens guessed at so far, and how many of them the model said too.
+  struct Drafted {
+    size_t tokens = 0, right = 0;
+  };
+  Drafted drafted() const;
   // Gives back the cache that ended sequences hold for prompts that begin alike.
   void forget();
   // One step of the engine. Events are given in the order of submission.

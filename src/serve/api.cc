@@ -378,6 +378,19 @@ void Api::ask(const std::shared_ptr<Call>& call, Question question) {
                            .code = "context_length_exceeded"});
   }
 
+  std::shared_ptr<const Language> language;
+  if (o.constraint) {
+    try {
+      language = languages_.find(*o.constraint);
+    } catch (const Error& error) {
+      return call->refuse(
+          {.message = fmt::format("Invalid '{}': {}", o.constraint_field, error.what()),
+           .param = o.constraint_field,
+           .code =
+               error.kind() == ErrorKind::unsupported ? "unsupported_parameter" : "invalid_value"});
+    }
+  }
+
   Job job;
   for (const auto& prompt : question.prompts) {
     for (size_t i = 0; i < o.choices; ++i) {
@@ -386,6 +399,7 @@ void Api::ask(const std::shared_ptr<Call>& call, Question question) {
                                 .sampling = o.sampling,
                                 .stop_ids = backend_.stop_ids(),
                                 .stop_texts = o.stop,
+                                .language = language,
                                 .top_logprobs = o.top_logprobs};
       request.sampling.seed = seed_of_choice(o.sampling.seed, i);
       job.choices.push_back(std::move(request));

@@ -10,6 +10,7 @@
 #include <string>
 #include <string_view>
 
+#include "engine/constraint.h"
 #include "serve/backend.h"
 #include "serve/http.h"
 #include "serve/scheduler.h"
@@ -49,6 +50,7 @@ class Api {
   ApiOptions options_;
   const Backend& backend_;
   Scheduler& scheduler_;
+  LanguageCache languages_;
 };
 
 }  // namespace moru

@@ -14,13 +14,15 @@ struct EngineBackend::State {
         pool(o.threads != 0 ? o.threads : usable_threads()),
         model(load_model(pool, files, o.load)),
         engine(pool, model, o.engine),
-        generator(engine, files.tokenizer, o.sequences) {}
+        generator(engine, files.tokenizer, o.sequences),
+        drafts(o.drafts) {}
 
   ModelFiles files;
   Pool pool;
   Model model;
   Engine engine;
   Generator generator;
+  bool drafts;
 };
 
 EngineBackend::EngineBackend(const EngineBackendOptions& options) : state_(new State(options)) {}
@@ -49,6 +51,7 @@ size_t EngineBackend::longest_prompt() const {
 std::vector<TokenId> EngineBackend::stop_ids() const { return state_->files.stop_ids; }
 
 uint64_t EngineBackend::submit(GenerationRequest request) {
+  request.drafts = state_->drafts;
   return state_->generator.submit(std::move(request));
 }
 void EngineBackend::cancel(uint64_t request) { state_->generator.cancel(request); }

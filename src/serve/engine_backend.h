@@ -15,6 +15,7 @@ struct EngineBackendOptions {
   LoadOptions load;
   EngineOptions engine;
   size_t sequences = 32;  // answers computed at once
+  bool drafts = true;     // GenerationRequest::drafts of every request
 };
 
 class EngineBackend final : public Backend {

@@ -21,6 +21,7 @@ constexpr int kMaxDepth = 64;
 constexpr size_t kMaxMembers = 512;
 constexpr size_t kMaxStops = 4;
 constexpr size_t kMaxStopBytes = 256;
+constexpr size_t kMaxBreakers = 32;
 constexpr int kMaxChatLogprobs = 20, kMaxCompletionLogprobs = 5;
 constexpr size_t kDefaultCompletionTokens = 16;
 // JSON has no infinity; this is what OpenAI sends for one.
@@ -189,6 +190,24 @@ void read_stop(Fields& in, std::vector<std::string>& stops) {
   for (const Json& stop : *value) add(stop);
 }
 
+void read_breakers(Fields& in, std::vector<std::string>& breakers) {
+  const Json* value = in.find("dry_sequence_breakers");
+  if (value == nullptr) return;
+  if (!value->is_array())
+    return in.wrong_type("dry_sequence_breakers", "an array of strings", *value);
+  if (value->size() > kMaxBreakers)
+    return in.refuse("dry_sequence_breakers",
+                     fmt::format("{} texts are more than {}.", value->size(), kMaxBreakers));
+  breakers.clear();
+  for (const Json& text : *value) {
+    if (!text.is_string()) return in.wrong_type("dry_sequence_breakers", "strings", text);
+    breakers.push_back(text.get<std::string>());
+    if (breakers.back().empty() || breakers.back().size() > kMaxStopBytes)
+      in.refuse("dry_sequence_breakers",
+                fmt::format("a text is empty or longer than {} bytes.", kMaxStopBytes));
+  }
+}
+
 void read_logit_bias(Fields& in, size_t vocab, SamplingOptions& sampling) {
   const Json* value = in.find("logit_bias");
   if (value == nullptr) return;
@@ -209,6 +228,68 @@ void read_logit_bias(Fields& in, size_t vocab, SamplingOptions& sampling) {
   }
 }
 
+// {"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}, and the shorter forms.
+void read_response_format(Fields& in, AnswerOptions& out) {
+  const Json* format = in.find("response_format");
+  if (format == nullptr) return;
+  if (!format->is_object()) return in.wrong_type("response_format", "an object", *format);
+  Fields fields(*format, "response_format.", in.problem());
+  const std::string type = fields.text("type");
+  if (type.empty()) return fields.refuse("type", "it must be a string.");
+  if (type == "text") return;
+  using Kind = ConstraintSource::Kind;
+  out.constraint_field = "response_format";
+  if (type == "json_object") {
+    out.constraint = ConstraintSource{Kind::json_object, ""};
+    return;
+  }
+  if (type != "json_schema")
+    return fields.refuse("type", fmt::format("'{}' is not one of text, json_object and "
+                                             "json_schema.",
+                                             truncate_to_width(type, 40)));
+  const Json* named = fields.find("json_schema");
+  if (named == nullptr) return fields.missing("json_schema");
+  if (!named->is_object()) return fields.wrong_type("json_schema", "an object", *named);
+  Fields inner(*named, "response_format.json_schema.", in.problem());
+  inner.text("name");
+  inner.flag("strict");  // always
+  const Json* schema = inner.find("schema");
+  if (schema == nullptr) return inner.missing("schema");
+  if (!schema->is_object() && !schema->is_boolean())
+    return inner.wrong_type("schema", "an object", *schema);
+  out.constraint_field = "response_format.json_schema.schema";
+  out.constraint = ConstraintSource{Kind::json_schema, dump(*schema)};
+}
+
+// What the answer is held to, by OpenAI's field or by those of vLLM and llama.cpp.
+void read_constraint(Fields& in, AnswerOptions& out) {
+  using Kind = ConstraintSource::Kind;
+  read_response_format(in, out);
+  const auto take = [&](const char* name, Kind kind, std::string text) {
+    if (out.constraint)
+      return in.refuse(
+          name, fmt::format("'{}' already says what the answer is held to.", out.constraint_field));
+    out.constraint_field = name;
+    out.constraint = ConstraintSource{kind, std::move(text)};
+  };
+  for (const char* name : {"guided_json", "json_schema"}) {
+    const Json* schema = in.find(name);
+    if (schema == nullptr) continue;
+    if (schema->is_string()) {
+      take(name, Kind::json_schema, schema->get<std::string>());
+    } else if (schema->is_object()) {
+      take(name, Kind::json_schema, dump(*schema));
+    } else {
+      in.wrong_type(name, "an object or its JSON text", *schema);
+    }
+  }
+  if (in.find("guided_regex") != nullptr)
+    take("guided_regex", Kind::regex, in.text("guided_regex"));
+  for (const char* name : {"guided_grammar", "guided_choice", "grammar", "structured_outputs"})
+    if (in.find(name) != nullptr)
+      in.unsupported(name, "use response_format, guided_json or guided_regex.");
+}
+
 AnswerOptions read_options(Fields& in, const WireLimits& limits, uint64_t random_seed) {
   constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
   AnswerOptions out;
@@ -222,6 +303,12 @@ AnswerOptions read_options(Fields& in, const WireLimits& limits, uint64_t random
   s.repetition_penalty = static_cast<float>(in.number("repetition_penalty", 0.01, 100).value_or(1));
   s.presence_penalty = static_cast<float>(in.number("presence_penalty", -2, 2).value_or(0));
   s.frequency_penalty = static_cast<float>(in.number("frequency_penalty", -2, 2).value_or(0));
+  // As with top_p, 0 keeps the one token that is nearest.
+  s.typical_p = std::max(static_cast<float>(in.number("typical_p", 0, 1).value_or(1)), 1e-9f);
+  s.dry_multiplier = static_cast<float>(in.number("dry_multiplier", 0, 100).value_or(0));
+  s.dry_base = static_cast<float>(in.number("dry_base", 1, 100).value_or(1.75));
+  s.dry_allowed_length = static_cast<size_t>(in.integer("dry_allowed_length", 0, kAny).value_or(2));
+  read_breakers(in, s.dry_sequence_breakers);
   read_logit_bias(in, limits.vocab, s);
   const auto seed = in.integer("seed", std::numeric_limits<int64_t>::min(), kAny);
   s.seed = seed ? static_cast<uint64_t>(*seed) : random_seed;
@@ -229,6 +316,7 @@ AnswerOptions read_options(Fields& in, const WireLimits& limits, uint64_t random
       in.integer("n", 1, static_cast<int64_t>(std::min<size_t>(limits.max_choices, 128)))
           .value_or(1));
   read_stop(in, out.stop);
+  read_constraint(in, out);
   out.stream = in.flag("stream");
   if (const Json* options = in.find("stream_options")) {
     if (!options->is_object()) {
@@ -245,19 +333,6 @@ AnswerOptions read_options(Fields& in, const WireLimits& limits, uint64_t random
 
 // What no model here can do is refused, never silently left out.
 void refuse_what_is_missing(Fields& in) {
-  if (const Json* format = in.find("response_format")) {
-    const auto type = format->is_object() ? format->find("type") : format->end();
-    if (!format->is_object()) {
-      in.wrong_type("response_format", "an object", *format);
-    } else if (type == format->end() || !type->is_string()) {
-      in.refuse("response_format.type", "it must be a string.");
-    } else if (*type != "text") {
-      in.unsupported("response_format.type",
-                     fmt::format("'{}' cannot be promised; only 'text' is served. Ask for JSON in "
-                                 "the prompt and check the answer.",
-                                 truncate_to_width(type->get<std::string>(), 40)));
-    }
-  }
   const Json* choice = in.find("tool_choice");
   const bool no_tools = choice != nullptr && *choice == "none";
   for (const char* name : {"tools", "functions"}) {

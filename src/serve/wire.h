@@ -3,8 +3,9 @@
 // version 2.3.0.
 //
 // Fields of a wrong type or out of range are refused by name, and so are those that ask for what
-// moru cannot do (tools, JSON schemas). Fields that OpenAI does not have are ignored, as it does,
-// but for the usual extensions top_k, min_p and repetition_penalty.
+// moru cannot do (tools). Fields that OpenAI does not have are ignored, as it does, but for the
+// usual extensions, named as llama.cpp and vLLM name them: top_k, min_p, typical_p,
+// repetition_penalty, dry_*, guided_json and guided_regex.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -17,6 +18,7 @@
 #include <variant>
 #include <vector>
 
+#include "engine/constraint.h"
 #include "engine/generate.h"
 #include "serve/api_error.h"
 
@@ -33,6 +35,9 @@ struct AnswerOptions {
   std::vector<std::string> stop;
   size_t choices = 1;  // per prompt
   std::optional<size_t> top_logprobs;
+  // What the answer is held to, and the field that asked for it.
+  std::optional<ConstraintSource> constraint;
+  std::string constraint_field;
   bool stream = false, include_usage = false;
 };
 

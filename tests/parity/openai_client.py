@@ -7,6 +7,7 @@ check and exits 0 if all hold. The package is looked for, and else installed int
 """
 import concurrent.futures
 import importlib
+import json
 import os
 import re
 import signal
@@ -107,6 +108,29 @@ def run(client, openai):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda q: ask(q, temperature=0).choices[0].message.content, questions))
     check("eight clients at once get the answers they get alone", alone == together)
+
+    schema = {"type": "object", "properties": {
+                  "city": {"type": "string", "maxLength": 20},
+                  "people": {"type": "integer", "minimum": 0, "maximum": 99999999},
+                  "kind": {"enum": ["capital", "town"]}},
+              "required": ["city", "people", "kind"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": schema}}
+    for temperature in (0, 1):
+        held = client.chat.completions.create(
+            model=name, messages=[{"role": "user", "content": "Tell me about Paris as JSON."}], max_tokens=120,
+            temperature=temperature, seed=5, response_format=form).choices[0]
+        value = json.loads(held.message.content)
+        check("an answer is held to its schema", held.finish_reason == "stop" and list(value) == schema["required"]
+              and len(value["city"]) <= 20 and 0 <= value["people"] <= 99999999 and value["kind"] in ("capital", "town"),
+              held.message.content)
+    held = ask("How many?", temperature=1, seed=1, extra_body={"guided_regex": "[0-9]{2} (cats|dogs)"})
+    check("an answer is held to a regular expression",
+          re.fullmatch("[0-9]{2} (cats|dogs)", held.choices[0].message.content), repr(held.choices[0].message.content))
+    try:
+        ask("x", response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}})
+        check("a schema that cannot be held to is refused", False)
+    except openai.BadRequestError as error:
+        check("a schema that cannot be held to is refused", "/not" in str(error), str(error)[:120])
 
     try:
         ask("x", temperature=9)

@@ -226,6 +226,10 @@ TEST_CASE("what is wrong is said in an error object of the right status") {
       {"POST", kCompletions, json_and_key, R"({"prompt": ""})", 400, "invalid_value", "prompt"},
       {"POST", kCompletions, json_and_key, R"({"prompt": [300]})", 400, "invalid_value", "prompt"},
       {"POST", kCompletions, json_and_key, long_prompt, 400, "context_length_exceeded", "prompt"},
+      {"POST", kCompletions, json_and_key, R"x({"prompt": "a", "guided_regex": "("})x", 400,
+       "invalid_value", "guided_regex"},
+      {"POST", kCompletions, json_and_key, R"({"prompt": "a", "guided_json": {"not": {}}})", 400,
+       "unsupported_parameter", "guided_json"},
       {"POST", kCompletions, json_and_key, R"({"prompt": "!"})", 400, "", ""},
       {"POST", kCompletions, json_and_key, R"({"prompt": "!", "stream": true})", 400, "", ""},
   };

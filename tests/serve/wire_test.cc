@@ -72,6 +72,8 @@ TEST_CASE("a chat request without options has OpenAI's defaults") {
   CHECK(r.options.sampling.temperature == 1);
   CHECK(r.options.sampling.top_p == 1);
   CHECK(r.options.sampling.top_k == 0);
+  CHECK(r.options.sampling.typical_p == 1);
+  CHECK(r.options.sampling.dry_multiplier == 0);
   CHECK(r.options.sampling.seed == kRandomSeed);
   CHECK(r.options.choices == 1);
   CHECK(r.options.stop.empty());
@@ -83,7 +85,8 @@ TEST_CASE("a chat request without options has OpenAI's defaults") {
 TEST_CASE("every option of a chat request arrives") {
   const AnswerOptions o = chat(chat_with(R"(
       "model": "m", "max_tokens": 5, "temperature": 0.5, "top_p": 0.25, "top_k": 40, "min_p": 0.125,
-      "repetition_penalty": 1.5, "presence_penalty": -2, "frequency_penalty": 2, "seed": -1, "n": 3,
+      "typical_p": 0.75, "dry_multiplier": 0.5, "dry_base": 2, "dry_allowed_length": 3,
+      "dry_sequence_breakers": ["나"], "repetition_penalty": 1.5, "presence_penalty": -2, "frequency_penalty": 2, "seed": -1, "n": 3,
       "stop": ["a", "나"], "stream": true, "stream_options": {"include_usage": true},
       "logprobs": true, "top_logprobs": 7, "logit_bias": {"5": -100, "999": 0.5}, "user": "u",)"))
                               .options;
@@ -93,6 +96,11 @@ TEST_CASE("every option of a chat request arrives") {
   CHECK(o.sampling.top_p == 0.25f);
   CHECK(o.sampling.top_k == 40);
   CHECK(o.sampling.min_p == 0.125f);
+  CHECK(o.sampling.typical_p == 0.75f);
+  CHECK(o.sampling.dry_multiplier == 0.5f);
+  CHECK(o.sampling.dry_base == 2);
+  CHECK(o.sampling.dry_allowed_length == 3);
+  CHECK(o.sampling.dry_sequence_breakers == std::vector<std::string>{"나"});
   CHECK(o.sampling.repetition_penalty == 1.5f);
   CHECK(o.sampling.presence_penalty == -2);
   CHECK(o.sampling.frequency_penalty == 2);
@@ -114,6 +122,27 @@ TEST_CASE("null is as good as absent, unknown fields are ignored, 5.0 is an inte
           .options;
   CHECK(o.choices == 2);
   CHECK(o.sampling.seed == kRandomSeed);
+}
+
+TEST_CASE("what an answer is held to, by each field that can say it") {
+  using Kind = ConstraintSource::Kind;
+  const auto held = [](const std::string& fields) { return chat(chat_with(fields)).options; };
+  const AnswerOptions schema = held(R"("response_format": {"type": "json_schema", "json_schema":
+      {"name": "n", "strict": true, "schema": {"type": "object"}}},)");
+  CHECK(schema.constraint == ConstraintSource{Kind::json_schema, R"({"type":"object"})"});
+  CHECK(schema.constraint_field == "response_format.json_schema.schema");
+  CHECK(held(R"("response_format": {"type": "json_object"},)").constraint ==
+        ConstraintSource{Kind::json_object, ""});
+  CHECK(!held(R"("response_format": {"type": "text"},)").constraint);
+  for (const char* field : {"guided_json", "json_schema"}) {
+    const std::string name = std::string("\"") + field + "\": ";
+    CHECK(held(name + R"({"a": 1},)").constraint ==
+          ConstraintSource{Kind::json_schema, R"({"a":1})"});
+    CHECK(held(name + R"("{ }",)").constraint == ConstraintSource{Kind::json_schema, "{ }"});
+  }
+  CHECK(held(R"("guided_regex": "[0-9]+",)").constraint == ConstraintSource{Kind::regex, "[0-9]+"});
+  CHECK(completion(R"({"prompt": "a", "guided_regex": "b"})").options.constraint ==
+        ConstraintSource{Kind::regex, "b"});
 }
 
 TEST_CASE("max_completion_tokens is max_tokens' newer name and wins") {
@@ -190,6 +219,12 @@ TEST_CASE("a chat request that cannot be meant is refused by field") {
       {chat_with(R"("top_p": -0.5,)"), "top_p", "invalid_value", ""},
       {chat_with(R"("top_k": 1.5,)"), "top_k", "invalid_type", "expected an integer"},
       {chat_with(R"("min_p": 2,)"), "min_p", "invalid_value", ""},
+      {chat_with(R"("typical_p": 1.5,)"), "typical_p", "invalid_value", ""},
+      {chat_with(R"("dry_multiplier": -1,)"), "dry_multiplier", "invalid_value", ""},
+      {chat_with(R"("dry_base": 0.5,)"), "dry_base", "invalid_value", ""},
+      {chat_with(R"("dry_sequence_breakers": "x",)"), "dry_sequence_breakers", "invalid_type", ""},
+      {chat_with(R"("dry_sequence_breakers": [""],)"), "dry_sequence_breakers", "invalid_value",
+       "empty"},
       {chat_with(R"("presence_penalty": 3,)"), "presence_penalty", "invalid_value", ""},
       {chat_with(R"("frequency_penalty": true,)"), "frequency_penalty", "invalid_type", ""},
       {chat_with(R"("max_tokens": 0,)"), "max_tokens", "invalid_value", "1 or more"},
@@ -216,8 +251,21 @@ TEST_CASE("a chat request that cannot be meant is refused by field") {
        ""},
       {chat_with(R"("logit_bias": {"1": 101},)"), "logit_bias.1", "invalid_value", ""},
       {chat_with(R"("logit_bias": {"1": "x"},)"), "logit_bias.1", "invalid_type", ""},
-      {chat_with(R"("response_format": {"type": "json_object"},)"), "response_format.type",
-       "unsupported_parameter", "json_object"},
+      {chat_with(R"("response_format": {"type": "xml"},)"), "response_format.type", "invalid_value",
+       "xml"},
+      {chat_with(R"("response_format": {},)"), "response_format.type", "invalid_value", ""},
+      {chat_with(R"("response_format": {"type": "json_schema"},)"), "response_format.json_schema",
+       "missing_required_parameter", ""},
+      {chat_with(R"("response_format": {"type": "json_schema", "json_schema": {"name": "a"}},)"),
+       "response_format.json_schema.schema", "missing_required_parameter", ""},
+      {chat_with(R"("response_format": {"type": "json_schema", "json_schema": {"schema": 5}},)"),
+       "response_format.json_schema.schema", "invalid_type", ""},
+      {chat_with(R"("guided_json": 5,)"), "guided_json", "invalid_type", ""},
+      {chat_with(R"("guided_regex": 5,)"), "guided_regex", "invalid_type", ""},
+      {chat_with(R"("guided_regex": "a", "response_format": {"type": "json_object"},)"),
+       "guided_regex", "invalid_value", "response_format"},
+      {chat_with(R"("guided_grammar": "root ::= x",)"), "guided_grammar", "unsupported_parameter",
+       "guided_json"},
       {chat_with(R"("response_format": "json",)"), "response_format", "invalid_type", ""},
       {chat_with(R"("tools": [{"type": "function", "function": {"name": "f"}}],)"), "tools",
        "unsupported_parameter", "tool"},
