@@ -51,10 +51,11 @@ class Runner:
         return [r["avg_ts"] for r in rows][-1]
 
     def batched(self, folder, model, batch, *flags):
+        """Tokens decoded a second, from llama.cpp's JSON or ik_llama.cpp's table."""
         out = self.run([f"{folder}/llama-batched-bench", "-m", model, "-t", self.args.threads, "-c", 256 * batch,
                         "-b", 512, "-ub", 512, "-npp", 128, "-ntg", 64, "-npl", batch, *flags])
-        row = [line for line in out.splitlines() if line.startswith("|")][-1]
-        return float(row.split("|")[8])  # S_TG
+        row = [line for line in out.splitlines() if line.startswith(("|", "{"))][-1]
+        return json.loads(row)["speed_tg"] if row.startswith("{") else float(row.split("|")[8])
 
 
 def decode_of(row):
@@ -83,7 +84,8 @@ def measurements(args, run, model):
 
     def together(batch):
         peers = {"moru": [lambda: decode_of(run.moru(model, "-p", 0, "-n", 64, "-r", 1, "-d", 128, "-b", batch))],
-                 "llama.cpp": [lambda fa=fa: run.batched(llama, model, batch, "-fa", fa) for fa in ("off", "on")]}
+                 "llama.cpp": [lambda fa=fa: run.batched(llama, model, batch, "-fa", fa, "--output-format", "jsonl")
+                               for fa in ("off", "on")]}
         if ik:
             peers["ik"] = [lambda r=r: run.batched(ik, model, batch, *r) for r in ((), ("-rtr",))]
         return peers

@@ -138,10 +138,9 @@ void QuantizedRows::set_row(size_t i, const float* x) {
 
 void quantize_rows(Pool& pool, const float* x, size_t ldx, size_t m, size_t k, QuantizedRows& out) {
   out.resize(m, k);
-  constexpr size_t kRows = 4;  // a task's: about a microsecond's work
-  pool.each(divide_up(m, kRows), [&](size_t task) {
-    for (size_t i = task * kRows; i < std::min(m, (task + 1) * kRows); ++i)
-      out.set_row(i, x + i * ldx);
+  constexpr size_t kLeastRows = 4;  // about a microsecond's work
+  each_piece(pool, m, kLeastRows, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) out.set_row(i, x + i * ldx);
   });
 }
 
