@@ -8,6 +8,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <functional>
 #include <utility>
 
 #include "base/error.h"
@@ -84,6 +85,15 @@ MappedFile::MappedFile(const std::filesystem::path& path) {
 
 MappedFile::~MappedFile() {
   if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
+}
+
+void MappedFile::forget(std::span<const std::byte> part) const {
+  const std::less_equal<const std::byte*> before;  // also where pointers do not belong together
+  if (!before(data_, part.data()) || !before(part.data() + part.size(), data_ + size_)) return;
+  const auto page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+  const size_t begin = (static_cast<size_t>(part.data() - data_) + page - 1) / page * page;
+  const size_t end = static_cast<size_t>(part.data() + part.size() - data_) / page * page;
+  if (begin < end) ::madvise(const_cast<std::byte*>(data_) + begin, end - begin, MADV_DONTNEED);
 }
 
 MappedFile::MappedFile(MappedFile&& other) noexcept

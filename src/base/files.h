@@ -19,6 +19,9 @@ class MappedFile {
   MappedFile& operator=(MappedFile&& other) noexcept;
 
   std::span<const std::byte> bytes() const { return {data_, size_}; }
+  // Gives back the memory of pages that lie whole within `part` of bytes(). Reading them again
+  // takes them from the file again.
+  void forget(std::span<const std::byte> part) const;
 
  private:
   const std::byte* data_ = nullptr;

@@ -117,17 +117,21 @@ double least_seconds(const Model& model, const Work& work, const MachineRates& r
   return std::max((work.bytes + kv_bytes) / rates.read, arithmetic);
 }
 
+// A run, and what it had to do.
 struct Measured {
-  double tokens_per_s = 0, of_limit = 0;
+  double tokens_per_s = 0, seconds = 0;
+  double steps = 0, tokens = 0, sequences = 0, context = 0, logits = 0;  // the last four of a step
 };
+double share_of_limit(const Model& model, const Work& work, const MachineRates& rates,
+                      const Measured& m) {
+  return m.steps * least_seconds(model, work, rates, m.tokens, m.sequences, m.context, m.logits) /
+         m.seconds;
+}
 
 class ModelBench {
  public:
-  ModelBench(const BenchFlags& flags, Pool& pool, const Model& model, const MachineRates& rates)
+  ModelBench(const BenchFlags& flags, Pool& pool, const Model& model)
       : flags_(flags),
-        model_(model),
-        rates_(rates),
-        work_(work_of(model)),
         engine_(pool, model, {.step_tokens = step_tokens(flags), .cache_tokens = room(flags)}),
         ids_(flags.depth + std::max(flags.prompt, flags.generate)) {
     for (size_t i = 0; i < ids_.size(); ++i)
@@ -149,7 +153,7 @@ class ModelBench {
         },
         {&sequence, 1});
     const auto tokens = static_cast<double>(flags_.prompt);
-    return result(tokens, seconds, least_seconds(model_, work_, rates_, tokens, 1, depth(), 1));
+    return {tokens / seconds, seconds, 1, tokens, 1, depth(), 1};
   }
 
   // One token after the other, of `batch` sequences together.
@@ -172,9 +176,7 @@ class ModelBench {
         },
         sequences);
     const auto steps = static_cast<double>(flags_.generate), width = static_cast<double>(batch);
-    const double least =
-        least_seconds(model_, work_, rates_, width, width, depth() + steps / 2, width);
-    return result(steps * width, seconds, steps * least);
+    return {steps * width / seconds, seconds, steps, width, width, depth() + steps / 2, width};
   }
 
  private:
@@ -210,14 +212,7 @@ class ModelBench {
     return median(seconds);
   }
 
-  static Measured result(double tokens, double seconds, double least) {
-    return {tokens / seconds, least / seconds};
-  }
-
   const BenchFlags& flags_;
-  const Model& model_;
-  const MachineRates& rates_;
-  Work work_;
   Engine engine_;
   std::vector<TokenId> ids_;
 };
@@ -229,19 +224,22 @@ void bench_model(const BenchFlags& flags) {
   const Model model = load_model(pool, files, flags.model.load_options());
   const double load_seconds = load_watch.seconds();
   const uint64_t loaded_bytes = peak_memory_bytes();
-  const MachineRates rates = measure_machine(pool);
-  ModelBench run(flags, pool, model, rates);
+  ModelBench run(flags, pool, model);
   const Measured prefill = flags.prompt > 0 ? run.prefill() : Measured{};
   std::vector<Measured> decode;
   if (flags.generate > 0)
     for (const size_t batch : flags.batches) decode.push_back(run.decode(batch));
+  const uint64_t peak_bytes = peak_memory_bytes();  // what follows takes memory of its own
+  const MachineRates rates = measure_machine(pool);
+  const Work work = work_of(model);
+  const auto of_limit = [&](const Measured& m) { return share_of_limit(model, work, rates, m); };
 
   if (flags.json) {
     ordered_json rows = ordered_json::array();
     for (size_t i = 0; i < decode.size(); ++i)
       rows.push_back({{"batch", flags.batches[i]},
                       {"tokens_per_s", decode[i].tokens_per_s},
-                      {"of_limit", decode[i].of_limit}});
+                      {"of_limit", of_limit(decode[i])}});
     fmt::print("{}\n", ordered_json{{"machine", machine_name()},
                                     {"threads", pool.size()},
                                     {"weight_bytes", model.weight_bytes()},
@@ -252,9 +250,9 @@ void bench_model(const BenchFlags& flags) {
                                     {"int16_operations_per_s", rates.int16},
                                     {"depth", flags.depth},
                                     {"prefill_tokens_per_s", prefill.tokens_per_s},
-                                    {"prefill_of_limit", prefill.of_limit},
+                                    {"prefill_of_limit", flags.prompt > 0 ? of_limit(prefill) : 0},
                                     {"decode", rows},
-                                    {"peak_memory_bytes", peak_memory_bytes()}}
+                                    {"peak_memory_bytes", peak_bytes}}
                            .dump());
     return;
   }
@@ -262,9 +260,9 @@ void bench_model(const BenchFlags& flags) {
              rates.read / 1e9, rates.f32 / 1e9, rates.int16 / 1e9);
   fmt::print("{:<24}{:>10.2f} s, {:.0f} MB of memory\n", "load", load_seconds,
              static_cast<double>(loaded_bytes) / 1e6);
-  const auto row = [](const std::string& name, const Measured& m) {
+  const auto row = [&](const std::string& name, const Measured& m) {
     fmt::print("{:<24}{:>10.1f} tokens/s, {:.0f} % of the machine's limit\n", name, m.tokens_per_s,
-               100 * m.of_limit);
+               100 * of_limit(m));
   };
   if (flags.prompt > 0) row(fmt::format("prefill {}", flags.prompt), prefill);
   for (size_t i = 0; i < decode.size(); ++i)

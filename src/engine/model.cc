@@ -15,6 +15,15 @@ namespace {
 constexpr size_t kMaxPrepared = 32768;  // positions prepared for unless more are asked for
 constexpr size_t kRowsPerItem = 64;     // of a matrix that one thread converts at a time
 
+// Weights are read once: what the file's pages took must not be held beside what became of them.
+struct Forget {
+  const ModelFiles& files;
+  const Tensor& tensor;
+  ~Forget() {
+    if (files.gguf) files.gguf->forget(tensor.data);
+  }
+};
+
 struct Loader {
   Pool& pool;
   const ModelFiles& files;
@@ -61,6 +70,7 @@ struct Loader {
   Matrix matrix(const std::string& name, size_t rows, size_t cols, bool q_or_k = false) const {
     const Tensor& tensor = require(name);
     check_shape(tensor, {rows, cols});
+    const Forget forget_when_done{files, tensor};
     const size_t row_bytes = moru::bytes_of(tensor.type, cols);
     const bool reorder = q_or_k && files.qk_interleaved;
     const auto row_data = [&](size_t row) {

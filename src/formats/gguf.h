@@ -80,6 +80,11 @@ class GgufFile {
   std::span<const Tensor> tensors() const { return tensors_; }
   const Tensor* find(std::string_view name) const;  // nullptr if absent
 
+  // Gives back the memory of a tensor's data, which may still be read (base/files.h).
+  void forget(std::span<const std::byte> data) const {
+    if (file_) file_->forget(data);
+  }
+
  private:
   void parse(std::span<const std::byte> bytes);
 
