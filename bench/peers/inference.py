@@ -70,7 +70,7 @@ def measurements(args, run, model):
     """{row: {peer: [ways to measure it]}}; a way returns a rate, moru's a rate and its share of the limit."""
     llama, ik, avx2 = f"{PEERS}/bin", args.ik, args.llama_avx2
     no_prompt, no_answer = ("-p", 0, "-n", 64, "-r", 2), ("-p", 512, "-n", 0, "-r", 2)
-    deep = ("-d", CONTEXT, "-r", 1)
+    deep = ("-d", CONTEXT)
 
     def pair(flags, read, ik_flags, depth=(), int8=False):
         peers = {"moru": [lambda: read(run.moru(model, "-b", 1, *flags, *depth))],
