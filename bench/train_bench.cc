@@ -1,15 +1,25 @@
-// Speed of one LoRA training step, as a share of what dense products reach on this machine.
+// Speed of one training step, as a share of what dense products reach on this machine.
 //
-// train_bench MODEL [bf16|f32] [none|light|block] [threads]
+// train_bench MODEL [--precision bf16|f32] [--recompute none|light|block] [--threads N] [--packed]
+//             [--json] SHAPE…
 //
-// Two shapes: 4 documents of 512 tokens, all learnt, and short rows of about 35 tokens of which
-// 30 % are learnt, packed to 2,048. To be compared with torch and PEFT on the same shapes.
+// Shapes:
+//   lora   4 documents of 512 tokens, all learnt; adapters of rank 16 on every matrix
+//   rows   58 rows of 35 tokens of which 30 % are learnt
+//   full   as lora, every weight learnt
+//   pairs  8 pairs: a prompt of 128 tokens, two answers of 64 each, DPO
+// --packed keeps a quantized model packed (QLoRA). Peers on the same shapes:
+// bench/peers/training.py.
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+#include <vector>
 
 #include "base/clock.h"
 #include "base/cpu.h"
@@ -19,11 +29,21 @@
 #include "engine/model_files.h"
 #include "engine/training.h"
 #include "tune/adapter.h"
+#include "tune/learnt.h"
 #include "tune/optimizer.h"
 
 using namespace moru;
 
 namespace {
+
+struct Flags {
+  std::string model;
+  Profile precision = Profile::bf16;
+  Recompute recompute = Recompute::light;
+  size_t threads = usable_threads();
+  bool packed = false, json = false;
+  std::vector<std::string> shapes;
+};
 
 // Operations a second of x [2048, 576] · w [1536, 576]ᵀ in the precision of training.
 double product_rate(Pool& pool, DType type) {
@@ -41,69 +61,162 @@ double product_rate(Pool& pool, DType type) {
   return best;
 }
 
-TrainingBatch batch_of(size_t documents, size_t length, double share, size_t vocab) {
+struct Text {
+  std::vector<int32_t> ids;
+  std::vector<uint8_t> trained;
+};
+// The last `learnt` of `length` tokens are learnt.
+Text text_of(Random& random, size_t length, size_t learnt, size_t vocab) {
+  Text text{std::vector<int32_t>(length), std::vector<uint8_t>(length)};
+  for (size_t i = 0; i < length; ++i) {
+    text.ids[i] = static_cast<int32_t>(random.below(vocab));
+    text.trained[i] = i + learnt >= length ? 1 : 0;
+  }
+  return text;
+}
+
+TrainingBatch documents_of(size_t documents, size_t length, double share, size_t vocab) {
   TrainingBatch batch;
   Random random(1);
   for (size_t d = 0; d < documents; ++d) {
-    std::vector<int32_t> ids(length);
-    std::vector<uint8_t> trained(length);
-    for (size_t i = 0; i < length; ++i) {
-      ids[i] = static_cast<int32_t>(random.below(vocab));
-      trained[i] = static_cast<double>(i) >= (1 - share) * static_cast<double>(length) ? 1 : 0;
-    }
-    batch.append(ids, trained);
+    const auto learnt = static_cast<size_t>(share * static_cast<double>(length));
+    const Text text = text_of(random, length, learnt, vocab);
+    batch.append(text.ids, text.trained);
   }
   return batch;
 }
 
-void measure(Pool& pool, const Model& model, Lora& lora, const char* name,
-             const TrainingBatch& batch, Recompute recompute, double rate) {
-  const TrainingOptions options{.tokens = batch.tokens(), .recompute = recompute};
+TrainingBatch pairs_of(size_t pairs, size_t prompt, size_t answer, size_t vocab) {
+  TrainingBatch batch;
+  Random random(1);
+  for (size_t p = 0; p < pairs; ++p) {
+    const Text chosen = text_of(random, prompt + answer, answer, vocab);
+    const Text rejected = text_of(random, answer + 1, answer, vocab);
+    batch.append(chosen.ids, chosen.trained);
+    batch.append_after(2 * p, prompt - 1, rejected.ids, rejected.trained);
+  }
+  return batch;
+}
+
+struct Shape {
+  TrainingBatch batch;
+  size_t tokens;  // of the rows one by one: what a peer without shared prompts computes
+  bool full = false, pairs = false;
+};
+Shape shape_of(std::string_view name, size_t vocab) {
+  if (name == "lora") return {documents_of(4, 512, 1, vocab), 2048};
+  if (name == "rows") return {documents_of(58, 35, 0.3, vocab), 58 * 35};
+  if (name == "full") return {documents_of(4, 512, 1, vocab), 2048, true};
+  if (name == "pairs") return {pairs_of(8, 128, 64, vocab), 16 * 192, false, true};
+  fmt::print(stderr, "no shape {}\n", name);
+  std::exit(64);
+}
+
+void measure(Pool& pool, const Flags& flags, const std::string& name, double rate) {
+  const ModelFiles files = open_model(flags.model);
+  const Profile profile = flags.packed ? Profile::exact : flags.precision;
+  Model model = load_model(pool, files, {.profile = profile, .context = 2048});
+  const Shape shape = shape_of(name, model.config.vocab);
+  const DType type = flags.precision == Profile::bf16 ? DType::bf16 : DType::f32;
+  Lora lora;
+  lora.layers.resize(model.config.layers);
+  if (shape.full)
+    add_whole(pool, model, {.full = true, .modules_to_save = {}}, type, lora);
+  else
+    lora = make_lora(model.config, {}, 1);
+  const TrainingOptions options{
+      .tokens = shape.batch.tokens(), .recompute = flags.recompute, .quantized_type = type};
   LoraTraining training(pool, model, lora, options);
   AdamW adamw(lora.values.size());
-  double best = 1e9, loss = 0;
+  double best = 1e9;
   for (int step = 0; step < 3; ++step) {
     const Stopwatch watch;
     training.clear_gradients();
-    const auto learnt = static_cast<double>(batch.trained());
-    loss = training.accumulate(batch, static_cast<float>(1 / learnt)) / learnt;
+    const auto learnt = static_cast<double>(shape.batch.trained());
+    if (shape.pairs) {
+      TokenLosses losses;
+      losses.stats.resize(shape.batch.tokens());
+      training.accumulate(
+          shape.batch,
+          [&](std::span<const float>, std::span<float> factors) {
+            for (size_t d = 0; d < shape.batch.documents.size(); ++d)
+              for (size_t i = shape.batch.documents[d].first; i < shape.batch.documents[d].end; ++i)
+                factors[i] = d % 2 == 0 ? 1e-2f : -1e-2f;
+          },
+          losses);
+    } else {
+      training.accumulate(shape.batch, static_cast<float>(1 / learnt));
+    }
     const double norm = global_norm(pool, training.gradients());
     adamw.step(pool, lora.values, training.gradients(), 1e-4, clip_scale(norm, 1));
+    training.refresh();
     best = std::min(best, watch.seconds());
   }
-  const double flops = training_flops(model, lora, batch);
-  fmt::print(
-      "{}: {} tokens, {} learnt: {:.2f} s, {:.0f} tokens/s, {:.0f} GFLOP/s, {:.0f} % of "
-      "products; loss {:.4f}; activations {} MB, peak memory {} MB\n",
-      name, batch.tokens(), batch.trained(), best, static_cast<double>(batch.tokens()) / best,
-      flops / best / 1e9, 100 * flops / best / rate, loss,
-      LoraTraining::plan_bytes(model, lora, options) / 1'000'000, peak_memory_bytes() / 1'000'000);
+  const double flops = training_flops(model, lora, shape.batch);
+  const nlohmann::ordered_json found = {
+      {"shape", name},
+      {"seconds", best},
+      {"tokens_per_second", static_cast<double>(shape.tokens) / best},
+      {"share_of_products", flops / best / rate},
+      {"activations_bytes", LoraTraining::plan_bytes(model, lora, options)},
+      {"peak_bytes", peak_memory_bytes()}};
+  if (flags.json)
+    fmt::print("{}\n", found.dump());
+  else
+    fmt::print(
+        "{}: {} tokens, {} computed, {} learnt: {:.2f} s, {:.0f} tokens/s, {:.0f} GFLOP/s, {:.0f} "
+        "% "
+        "of products; activations {} MB, peak memory {} MB\n",
+        name, shape.tokens, shape.batch.tokens(), shape.batch.trained(), best,
+        static_cast<double>(shape.tokens) / best, flops / best / 1e9, 100 * flops / best / rate,
+        found["activations_bytes"].get<size_t>() / 1'000'000, peak_memory_bytes() / 1'000'000);
   std::fflush(stdout);
+}
+
+Flags flags_of(int argc, char** argv) {
+  Flags flags;
+  for (int i = 1; i < argc; ++i) {
+    const std::string_view word = argv[i];
+    const auto next = [&] { return std::string_view(i + 1 < argc ? argv[++i] : ""); };
+    if (word == "--precision") {
+      flags.precision = next() == "f32" ? Profile::f32 : Profile::bf16;
+    } else if (word == "--recompute") {
+      const std::string_view level = next();
+      flags.recompute = level == "none"    ? Recompute::none
+                        : level == "block" ? Recompute::block
+                                           : Recompute::light;
+    } else if (word == "--threads") {
+      flags.threads = static_cast<size_t>(std::atoi(std::string(next()).c_str()));
+    } else if (word == "--packed") {
+      flags.packed = true;
+    } else if (word == "--json") {
+      flags.json = true;
+    } else if (flags.model.empty()) {
+      flags.model = word;
+    } else {
+      flags.shapes.emplace_back(word);
+    }
+  }
+  return flags;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 2) {
-    fmt::print(stderr, "train_bench MODEL [bf16|f32] [none|light|block] [threads]\n");
+  const Flags flags = flags_of(argc, argv);
+  if (flags.model.empty()) {
+    fmt::print(stderr,
+               "train_bench MODEL [--precision bf16|f32] [--packed] lora|rows|full|pairs\n");
     return 64;
   }
-  const Profile profile =
-      argc > 2 && std::string_view(argv[2]) == "f32" ? Profile::f32 : Profile::bf16;
-  Pool pool(argc > 4 ? static_cast<size_t>(std::atoi(argv[4])) : usable_threads());
-  const Model model = load_model(pool, open_model(argv[1]), {.profile = profile, .context = 2048});
-  const double rate = product_rate(pool, profile == Profile::bf16 ? DType::bf16 : DType::f32);
-  fmt::print("{}, {}: products {:.0f} GFLOP/s\n", machine_name(),
-             profile == Profile::bf16 ? "bf16" : "f32", rate / 1e9);
-  const size_t vocab = model.config.vocab;
-  const std::string_view level = argc > 3 ? argv[3] : "light";
-  const Recompute recompute = level == "none"    ? Recompute::none
-                              : level == "block" ? Recompute::block
-                                                 : Recompute::light;
-  const auto fresh = [&] { return make_lora(model.config, {}, 1); };
-  Lora lora = fresh();
-  measure(pool, model, lora, "4 x 512", batch_of(4, 512, 1, vocab), recompute, rate);
-  lora = fresh();
-  measure(pool, model, lora, "58 x 35", batch_of(58, 35, 0.3, vocab), recompute, rate);
+  Pool pool(flags.threads);
+  const double rate =
+      product_rate(pool, flags.precision == Profile::bf16 ? DType::bf16 : DType::f32);
+  if (!flags.json)
+    fmt::print("{}, {}: products {:.0f} GFLOP/s\n", machine_name(),
+               flags.precision == Profile::bf16 ? "bf16" : "f32", rate / 1e9);
+  const std::vector<std::string> all = {"lora", "rows"};
+  for (const std::string& name : flags.shapes.empty() ? all : flags.shapes)
+    measure(pool, flags, name, rate);
   return 0;
 }

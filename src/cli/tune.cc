@@ -11,6 +11,7 @@
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/files.h"
+#include "tune/presets.h"
 #include "tune/trainer.h"
 
 namespace moru {
@@ -19,6 +20,7 @@ namespace {
 struct TuneFlags {
   TuneOptions options;
   std::string model, data, out = "tuned", validation, adapter;
+  std::string loss_type;
   std::string target_modules = "all-linear", schedule = "cosine", precision = "bf16";
   std::string recompute = "auto", truncation = "keep_start", merge, merge_type = "bf16";
   size_t check = 0;
@@ -47,6 +49,7 @@ TuneOptions options_of(const TuneFlags& flags) {
   o.out = flags.out;
   o.validation = flags.validation;
   o.adapter = flags.adapter;
+  if (!flags.loss_type.empty()) o.preference.loss = parse_preference_loss(flags.loss_type);
   o.rows.plain_template = unescape(o.rows.plain_template);
   o.rows.truncation =
       flags.truncation == "keep_end" ? Truncation::keep_end : Truncation::keep_start;
@@ -115,7 +118,7 @@ void run_tune(const TuneFlags& flags) {
   if (live) fmt::print(stderr, "\r\033[K");
 
   std::string merged;
-  if (!flags.merge.empty()) {
+  if (!flags.merge.empty() && r.model.empty()) {
     const ModelFiles files = open_model(o.model);
     const Lora lora = read_peft_adapter(r.adapter, files.config);
     const DType type = *dtype_from_name(flags.merge_type);
@@ -136,7 +139,10 @@ void run_tune(const TuneFlags& flags) {
   if (r.val_loss)
     fmt::print("validation loss {:.4f} -> {:.4f} (step {})\n", r.val_loss_before.value_or(0),
                *r.val_loss, r.best_step);
-  fmt::print("adapter: {}\n", r.adapter.string());
+  if (r.model.empty())
+    fmt::print("adapter: {}\n", r.adapter.string());
+  else
+    fmt::print("model: {}\n", r.model.string());
   if (!merged.empty()) fmt::print("merged model: {}\n", merged);
 }
 
@@ -145,7 +151,15 @@ void run_tune(const TuneFlags& flags) {
 void add_tune(CLI::App& app) {
   auto flags = std::make_shared<TuneFlags>();  // shared with the callback
   TuneOptions& o = flags->options;
-  CLI::App* cmd = app.add_subcommand("tune", "Fine-tune a model on your pairs (LoRA)");
+  CLI::App* cmd = app.add_subcommand("tune", "Fine-tune a model on your data");
+  // First of all options: what they set, the others may set again.
+  cmd->add_option_function<std::string>(
+      "--preset", [&o](const std::string& name) { apply_preset(name, o); },
+      "a recipe that the other flags change: lora, qlora, full, rhea-sft or rhea-dpo");
+  cmd->add_option_function<std::string>(
+      "--method", [&o](const std::string& name) { apply_method(name, o); },
+      "what is learnt from: sft (answers, the default), text (raw text), dpo, simpo, orpo "
+      "(pairs), kto (labelled answers)");
   cmd->add_option("model", flags->model, "GGUF file or Hugging Face folder")->required();
   cmd->add_option("data", flags->data, "rows to learn: JSON Lines, JSON or CSV")->required();
   cmd->add_option("-o,--out", flags->out, "folder for the adapter, log and checkpoint")
@@ -175,6 +189,31 @@ void add_tune(CLI::App& app) {
                   "all-linear, or names: q_proj,v_proj")
       ->capture_default_str();
 
+  cmd->add_option("--loraplus-lr-ratio", o.learnt.lora_plus_ratio,
+                  "LoRA+: learning rate of B over that of A");
+  cmd->add_option("--modules-to-save", o.learnt.modules_to_save,
+                  "weights learnt whole beside the adapter: embed_tokens, lm_head, norm")
+      ->delimiter(',');
+  cmd->add_flag("--full", o.learnt.full, "learn every weight instead of an adapter");
+  cmd->add_option("--freeze-layers", o.learnt.frozen_layers,
+                  "with --full: so many layers from below, and the embedding, stay as they are");
+  cmd->add_flag("--qlora", o.keep_quantized, "keep a quantized model packed: less memory");
+
+  cmd->add_option("--loss-type", flags->loss_type,
+                  "of pairs: sigmoid, hinge, ipo, robust, sigmoid_norm, dpop, sppo_hard, apo_zero, "
+                  "apo_down, simpo, orpo");
+  cmd->add_option("--beta,--pref-beta", o.preference.beta, "strength of the reference")
+      ->capture_default_str();
+  cmd->add_option("--label-smoothing", o.preference.label_smoothing,
+                  "share of pairs taken to be the wrong way round: cDPO, robust");
+  cmd->add_option("--rpo-alpha,--cpo-alpha,--pref-ftx", o.preference.anchor,
+                  "weight of the chosen answers' own loss; 1 keeps them likely");
+  cmd->add_option("--simpo-gamma", o.preference.gamma, "SimPO's margin");
+  cmd->add_option("--dpop-lambda", o.preference.dpop_lambda, "DPOP's penalty");
+  cmd->add_option("--desirable-weight", o.preference.desirable_weight, "KTO: of wanted answers");
+  cmd->add_option("--undesirable-weight", o.preference.undesirable_weight,
+                  "KTO: of unwanted answers");
+
   cmd->add_option("--lr,--learning-rate", o.lr, "peak learning rate")->capture_default_str();
   cmd->add_option("--lr-scheduler-type", flags->schedule,
                   "constant, linear, cosine or cosine_with_min_lr")
@@ -183,6 +222,9 @@ void add_tune(CLI::App& app) {
   cmd->add_option("--warmup-ratio", o.warmup_ratio, "share of the steps")->capture_default_str();
   cmd->add_option("--weight-decay", o.adamw.weight_decay)->capture_default_str();
   cmd->add_option("--max-grad-norm", o.max_grad_norm, "0: no clipping")->capture_default_str();
+  cmd->add_option("--max-z-score", o.max_z_score,
+                  "skip a step whose loss or gradient stands so far out; 0: never")
+      ->capture_default_str();
   cmd->add_option("--epochs,--num-train-epochs", o.epochs)->capture_default_str();
   cmd->add_option("--max-steps", o.max_steps, "instead of epochs");
   cmd->add_option("--batch-size", o.batch_size, "examples a step")->capture_default_str();

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <numeric>
 
 #include "base/clock.h"
 #include "base/cpu.h"
@@ -14,13 +15,14 @@
 #include "base/files.h"
 #include "base/hash.h"
 #include "tune/checkpoint.h"
+#include "tune/guard.h"
 
 namespace moru {
 namespace {
 
 using nlohmann::ordered_json;
 
-// Steps with a loss that is no number before the run gives up.
+// Outliers in a row after which they are the rule, and are learnt from again.
 constexpr uint64_t kMaxSkippedInARow = 10;
 
 // Turns the first SIGINT or SIGTERM into a flag while it lives; a second one ends the process.
@@ -76,7 +78,15 @@ std::string fingerprint_of(const TuneOptions& o) {
       {"steps", {o.epochs, o.max_steps, o.batch_size, o.batch_tokens, o.micro_batch_tokens}},
       {"validate", {o.val_fraction, o.eval_steps, o.patience}},
       {"seed", o.seed},
-      {"precision", static_cast<int>(o.precision)}};
+      {"precision", static_cast<int>(o.precision)},
+      {"method", name_of(o.method)},
+      {"preference",
+       {name_of(o.preference.loss), o.preference.beta, o.preference.label_smoothing,
+        o.preference.gamma, o.preference.dpop_lambda, o.preference.anchor,
+        o.preference.desirable_weight, o.preference.undesirable_weight}},
+      {"learnt",
+       {o.learnt.full, o.learnt.frozen_layers, o.learnt.modules_to_save, o.learnt.lora_plus_ratio}},
+      {"max_z_score", o.max_z_score}};
   for (const Projection target : o.lora.targets) j["targets"].push_back(traits(target).name);
   return sha256(j.dump());
 }
@@ -92,64 +102,47 @@ void check(const TuneOptions& o) {
   if (!(o.val_fraction >= 0 && o.val_fraction < 1)) refuse("--val-fraction", "must be in [0, 1)");
   if (!(o.warmup_ratio >= 0 && o.warmup_ratio <= 1)) refuse("--warmup-ratio", "must be in [0, 1]");
   if (o.lora.rank == 0 || o.lora.rank > 1024) refuse("--lora-r", "must be in [1, 1024]");
+  if (!(o.learnt.lora_plus_ratio > 0)) refuse("--loraplus-lr-ratio", "must be above 0");
+  if (o.learnt.full && !o.adapter.empty())
+    refuse("--adapter", "full fine-tuning learns no adapter; merge it first");
+  if (!(o.max_z_score >= 0)) refuse("--max-z-score", "must be at least 0");
+  check(o.preference);
   if (o.precision == Profile::exact) refuse("--precision", "training computes in bf16 or f32");
 }
 
-std::vector<size_t> lengths_of(std::span<const Example> examples, std::span<const uint32_t> which) {
-  std::vector<size_t> lengths;
-  for (const uint32_t i : which) lengths.push_back(examples[i].ids.size());
-  return lengths;
-}
-
-// Examples of one step: [cursor, end) of the epoch's order.
-size_t step_end(const TuneOptions& o, std::span<const Example> examples,
+// Rows of one step: [cursor, end) of the epoch's order.
+size_t step_end(const TuneOptions& o, std::span<const size_t> lengths,
                 std::span<const uint32_t> order, size_t cursor) {
   if (o.batch_tokens == 0) return std::min<size_t>(cursor + o.batch_size, order.size());
-  size_t tokens = examples[order[cursor]].ids.size(), end = cursor + 1;
-  while (end < order.size() && tokens + examples[order[end]].ids.size() <= o.batch_tokens)
-    tokens += examples[order[end++]].ids.size();
+  size_t tokens = lengths[order[cursor]], end = cursor + 1;
+  while (end < order.size() && tokens + lengths[order[end]] <= o.batch_tokens)
+    tokens += lengths[order[end++]];
   return end;
 }
 
-uint64_t count_steps(const TuneOptions& o, std::span<const Example> examples) {
+uint64_t count_steps(const TuneOptions& o, std::span<const size_t> lengths) {
   if (o.max_steps != 0) return o.max_steps;
   uint64_t steps = 0;
   for (uint64_t epoch = 0; epoch < o.epochs; ++epoch) {
-    const std::vector<uint32_t> order = epoch_order(examples.size(), o.seed, epoch);
-    for (size_t at = 0; at < order.size(); at = step_end(o, examples, order, at)) ++steps;
+    const std::vector<uint32_t> order = epoch_order(lengths.size(), o.seed, epoch);
+    for (size_t at = 0; at < order.size(); at = step_end(o, lengths, order, at)) ++steps;
   }
   return steps;
 }
 
-// What one step computed, before the optimiser moves.
-struct StepLoss {
-  double loss = 0;
-  uint64_t tokens = 0;
-  uint64_t bad_line = 0;  // of the first row whose loss is no number
-};
-
-StepLoss accumulate_step(LoraTraining& training, std::span<const Example> examples,
-                         std::span<const uint32_t> which, size_t capacity) {
-  StepLoss out;
-  uint64_t learnt = 0;
-  for (const uint32_t i : which) learnt += examples[i].trained_tokens();
-  const std::vector<size_t> lengths = lengths_of(examples, which);
-  training.clear_gradients();
-  double sum = 0;
-  std::vector<float> nll;
-  for (const std::vector<uint32_t>& members : pack(lengths, capacity)) {
-    TrainingBatch batch;
-    for (const uint32_t i : members)
-      batch.append(examples[which[i]].ids, examples[which[i]].trained);
-    nll.assign(batch.tokens(), 0);
-    sum += training.accumulate(batch, 1 / static_cast<float>(learnt), nll);
-    out.tokens += batch.tokens();
-    for (size_t d = 0; d < members.size() && out.bad_line == 0; ++d)
-      for (size_t i = batch.documents[d].first; i < batch.documents[d].end; ++i)
-        if (!std::isfinite(nll[i])) out.bad_line = examples[which[members[d]]].line;
+// Tokens that are computed at a time: never more than a step has, never fewer than a row.
+size_t batch_capacity(const TuneOptions& o, const Objective& objective) {
+  std::vector<size_t> lengths(objective.lengths().begin(), objective.lengths().end());
+  size_t step_tokens = 0;
+  if (o.batch_tokens == 0) {
+    const size_t count = std::min<size_t>(o.batch_size, lengths.size());
+    const auto end = lengths.begin() + static_cast<std::ptrdiff_t>(count);
+    std::partial_sort(lengths.begin(), end, lengths.end(), std::greater());
+    step_tokens = std::accumulate(lengths.begin(), end, size_t{0});
+  } else {
+    step_tokens = o.batch_tokens;
   }
-  out.loss = sum / static_cast<double>(learnt);
-  return out;
+  return std::max(objective.longest(), std::min<size_t>(o.micro_batch_tokens, step_tokens));
 }
 
 std::string megabytes(size_t bytes) { return fmt::format("{} MB", (bytes + 500'000) / 1'000'000); }
@@ -166,18 +159,23 @@ const char* name_of(Recompute level) {
   return "";
 }
 
-// The lightest level that fits, or the one asked for.
-MemoryPlan plan_memory(const TuneOptions& o, const Model& model, const Lora& lora, size_t tokens) {
+// The lightest level that fits, or the one asked for. Everything that a run takes after the plan
+// stands here, so that the prediction is of the whole process.
+MemoryPlan plan_memory(const TuneOptions& o, const Model& model, const Lora& lora,
+                       const TrainingOptions& wanted, bool validates) {
   MemoryPlan plan;
   plan.weights = model.weight_bytes();
-  // Moments, the best adapter, and what a checkpoint copies.
-  plan.adapter = lora.values.size() * sizeof(float) * 5;
+  // Two moments, and the best values where they are chosen by validation.
+  plan.adapter = lora.values.size() * sizeof(float) * (validates ? 3 : 2);
+  // What oneDNN generates and its scratch memory, attention's scratch, threads' stacks.
+  constexpr size_t kKernels = 24 << 20;
   const size_t now = resident_bytes(), limit = usable_memory_bytes();
   const auto fill = [&](Recompute level) {
     plan.recompute = level;
-    plan.activations =
-        LoraTraining::plan_bytes(model, lora, {.tokens = tokens, .recompute = level});
-    plan.peak = std::max(peak_memory_bytes(), now + plan.adapter + plan.activations);
+    TrainingOptions options = wanted;
+    options.recompute = level;
+    plan.activations = LoraTraining::plan_bytes(model, lora, options);
+    plan.peak = std::max(peak_memory_bytes(), now + plan.adapter + plan.activations + kKernels);
     return plan.peak < limit - limit / 10;
   };
   const bool fits =
@@ -191,13 +189,14 @@ MemoryPlan plan_memory(const TuneOptions& o, const Model& model, const Lora& lor
   return plan;
 }
 
-std::string describe(const Dataset& data) {
-  const DataCounts& c = data.counts;
-  std::string text =
-      fmt::format("{} examples from {} rows, {} tokens, {} of them learnt ({:.0f} %)",
-                  data.examples.size(), c.rows, data.tokens(), data.trained_tokens(),
-                  100.0 * static_cast<double>(data.trained_tokens()) /
-                      static_cast<double>(std::max<uint64_t>(1, data.tokens())));
+std::string describe(const Objective& data) {
+  const DataCounts& c = data.counts();
+  const uint64_t tokens = data.tokens(), trained = data.trained_tokens();
+  std::string text = fmt::format(
+      "{} examples and {} to validate on from {} rows, {} tokens, {} of them learnt "
+      "({:.0f} %)",
+      data.lengths().size(), data.validation_rows(), c.rows, tokens, trained,
+      100.0 * static_cast<double>(trained) / static_cast<double>(std::max<uint64_t>(1, tokens)));
   const auto note = [&](uint64_t count, const char* what) {
     if (count != 0) text += fmt::format("; {} {}", count, what);
   };
@@ -205,9 +204,11 @@ std::string describe(const Dataset& data) {
   note(c.without_answer, "dropped: nothing left to learn");
   note(c.bad, "dropped: not understood");
   note(c.split_by_turn, "conversations learnt turn by turn");
-  for (size_t i = 0; i < std::min<size_t>(3, data.problems.size()); ++i)
-    text += fmt::format("\n  line {}: {}{}{}", data.problems[i].line, data.problems[i].field,
-                        data.problems[i].field.empty() ? "" : " ", data.problems[i].what);
+  for (size_t i = 0; i < std::min<size_t>(3, data.problems().size()); ++i) {
+    const RowProblem& row = data.problems()[i];
+    text += fmt::format("\n  line {}: {}{}{}", row.line, row.field, row.field.empty() ? "" : " ",
+                        row.what);
+  }
   return text;
 }
 
@@ -229,6 +230,7 @@ ordered_json number_or_null(std::optional<double> value) {
 
 ordered_json to_json(const TuneResult& r, const std::string& fingerprint) {
   return {{"adapter", r.adapter.filename().string()},
+          {"model", r.model.filename().string()},
           {"steps", r.steps},
           {"best_step", r.best_step},
           {"skipped_steps", r.skipped_steps},
@@ -261,7 +263,12 @@ std::optional<TuneResult> finished_result(const TuneOptions& o, const std::strin
     return j.contains(key) && j[key].is_number() ? std::optional(j[key].get<double>())
                                                  : std::nullopt;
   };
-  r.adapter = o.out / j.value("adapter", "adapter");
+  const auto path_of = [&](const char* key) {
+    const std::string name = j.value(key, "");
+    return name.empty() ? std::filesystem::path() : o.out / name;
+  };
+  r.adapter = path_of("adapter");
+  r.model = path_of("model");
   r.steps = j.value("steps", uint64_t{0});
   r.best_step = j.value("best_step", uint64_t{0});
   r.skipped_steps = j.value("skipped_steps", uint64_t{0});
@@ -278,269 +285,368 @@ std::optional<TuneResult> finished_result(const TuneOptions& o, const std::strin
   return r;
 }
 
-}  // namespace
+// One run: what is loaded, where it stands, and the steps that move it on.
+class Run {
+ public:
+  Run(const TuneOptions& options, std::string fingerprint, const TuneProgress& progress)
+      : o_(options),
+        fingerprint_(std::move(fingerprint)),
+        progress_(progress),
+        checkpoint_(options.out / "checkpoint.safetensors"),
+        log_(options.out / "log.jsonl"),
+        pool_(options.threads == 0 ? usable_threads() : options.threads) {}
 
-double validation_loss(LoraTraining& training, std::span<const Example> examples, size_t capacity) {
-  std::vector<uint32_t> all(examples.size());
-  for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<uint32_t>(i);
-  double sum = 0;
-  uint64_t learnt = 0;
-  for (const std::vector<uint32_t>& members : pack(lengths_of(examples, all), capacity)) {
-    TrainingBatch batch;
-    for (const uint32_t i : members) batch.append(examples[i].ids, examples[i].trained);
-    sum += training.evaluate(batch);
-    learnt += batch.trained();
+  TuneResult finish_from_here() {
+    load();
+    plan();
+    resume();
+    StopSignals signals;
+    if (run_.step == 0 && std::isnan(run_.first_loss)) validate();
+    stopped_early_ = o_.patience != 0 && run_.without_improvement >= o_.patience;
+    while (run_.step < steps_ && !stopped_early_) step();
+    return finish();
   }
-  return learnt == 0 ? 0 : sum / static_cast<double>(learnt);
-}
+
+ private:
+  void tell(const TuneEvent& event) const {
+    if (progress_) progress_(event);
+  }
+
+  // Rows and weights. The files are closed before the first step: their pages would count.
+  void load() {
+    const ModelFiles files = open_model(o_.model);
+    ObjectiveOptions wanted;
+    wanted.method = o_.method;
+    wanted.data = o_.data;
+    wanted.rows = o_.rows;
+    wanted.validation = o_.validation;
+    wanted.val_fraction = o_.val_fraction;
+    wanted.preference = o_.preference;
+    objective_ = make_objective(wanted, files);
+    tell({.kind = TuneEvent::Kind::data, .text = describe(*objective_)});
+    const bool packed = o_.keep_quantized && is_quantized(files);
+    // Positions are those of the longest row, which for a pair is shorter than its tokens.
+    model_ = load_model(
+        pool_, files,
+        {.profile = packed ? Profile::exact : o_.precision, .context = o_.rows.max_length});
+    lora_ = o_.learnt.full       ? Lora{}
+            : o_.adapter.empty() ? make_lora(model_->config, o_.lora, o_.seed)
+                                 : read_peft_adapter(o_.adapter, model_->config);
+    lora_.layers.resize(model_->config.layers);
+    if (o_.learnt.full || !o_.learnt.modules_to_save.empty())
+      add_whole(pool_, *model_, o_.learnt, type(), lora_);
+  }
+
+  DType type() const { return o_.precision == Profile::f32 ? DType::f32 : DType::bf16; }
+
+  static bool is_quantized(const ModelFiles& files) {
+    return std::any_of(files.tensors.begin(), files.tensors.end(),
+                       [](const Tensor& t) { return moru::is_quantized(t.type); });
+  }
+
+  void plan() {
+    capacity_ = batch_capacity(o_, *objective_);
+    steps_ = count_steps(o_, objective_->lengths());
+    TrainingOptions options{.tokens = capacity_, .quantized_type = type()};
+    const bool validates = objective_->validation_rows() != 0;
+    const MemoryPlan memory = plan_memory(o_, *model_, lora_, options, validates);
+    options.recompute = memory.recompute;
+    tell({.kind = TuneEvent::Kind::plan,
+          .steps = steps_,
+          .text = fmt::format("{} steps; {} parameters learnt; memory: weights {}, activations {} "
+                              "({}), optimizer {}: peak {}",
+                              steps_, lora_.values.size(), megabytes(memory.weights),
+                              megabytes(memory.activations), name_of(memory.recompute),
+                              megabytes(memory.adapter), megabytes(memory.peak))});
+    training_.emplace(pool_, *model_, lora_, options);
+    adamw_.emplace(lora_.values.size(), o_.adamw);
+    groups_ = parameter_groups(lora_, o_.learnt);
+    schedule_ = {
+        .kind = o_.schedule,
+        .warmup = static_cast<uint64_t>(std::ceil(o_.warmup_ratio * static_cast<double>(steps_))),
+        .total = steps_,
+        .min_ratio = o_.min_lr_ratio};
+  }
+
+  // Where the run stands. The reference is the model as it is before the first step.
+  void resume() {
+    const std::string key =
+        fmt::format("{} {} {} {}", sha256_of_path(o_.model),
+                    o_.adapter.empty() ? std::string() : sha256_of_path(o_.adapter),
+                    static_cast<int>(type()), o_.learnt.full);
+    size_t told = 0;
+    objective_->take_reference(*training_, capacity_, o_.out / "reference.safetensors", key,
+                               [&](size_t done, size_t of) {
+                                 // A line each tenth.
+                                 if (done * 10 / of == told) return;
+                                 told = done * 10 / of;
+                                 tell({.kind = TuneEvent::Kind::reference,
+                                       .text = fmt::format("reference: {} of {} rows", done, of)});
+                               });
+    if (std::optional<TrainingRun> saved =
+            read_checkpoint(checkpoint_, fingerprint_, lora_.values.size())) {
+      run_ = std::move(*saved);
+      swap_state();
+      for (auto* stale : {&run_.values, &run_.m, &run_.v}) std::vector<float>().swap(*stale);
+      training_->refresh();
+      tell({.kind = TuneEvent::Kind::resumed,
+            .step = run_.step,
+            .steps = steps_,
+            .text = fmt::format("going on from step {} of {}", run_.step, steps_)});
+    }
+    if (run_.step == 0)
+      std::filesystem::remove(log_);
+    else
+      rewind_log(log_, run_.step);
+    seconds_before_ = run_.seconds;
+    watch_ = Stopwatch();
+    order_ = epoch_order(objective_->lengths().size(), o_.seed, run_.epoch);
+  }
+
+  // Values and moments are the optimiser's while the run moves and run_'s while it is written or
+  // has been read: exchanged, not copied, since they may be most of the memory.
+  void swap_state() {
+    run_.values.swap(lora_.values);
+    run_.m.swap(adamw_->m);
+    run_.v.swap(adamw_->v);
+    run_.recent_losses.swap(losses_.values);
+    run_.recent_norms.swap(norms_.values);
+    std::swap(run_.updates, adamw_->steps);
+  }
+
+  void save() {
+    run_.seconds = seconds_before_ + watch_.seconds();
+    swap_state();
+    write_checkpoint(checkpoint_, fingerprint_, run_);
+    swap_state();
+  }
+
+  static void put(const std::vector<Metric>& metrics, const char* prefix, ordered_json& line) {
+    for (const Metric& m : metrics) line[prefix + m.name] = number_or_null(m.value);
+  }
+
+  void validate() {
+    if (objective_->validation_rows() == 0) return;
+    const StepLoss found = objective_->validate(*training_, capacity_);
+    ordered_json line = {{"step", run_.step}, {"val_loss", number_or_null(found.loss)}};
+    put(found.metrics, "val_", line);
+    append_line(log_, line.dump());
+    if (run_.step == 0) run_.first_loss = found.loss;
+    if (found.loss < run_.best_loss) {
+      run_.best_loss = found.loss;
+      run_.best_step = run_.step;
+      run_.best = lora_.values;
+      run_.without_improvement = 0;
+    } else {
+      ++run_.without_improvement;
+    }
+    tell({.kind = TuneEvent::Kind::validation,
+          .step = run_.step,
+          .steps = steps_,
+          .loss = found.loss,
+          .metrics = found.metrics,
+          .text = fmt::format("validation loss {:.4f}{}", found.loss,
+                              run_.best_step == run_.step ? ", the best so far" : "")});
+  }
+
+  // A loss or gradient that is no number ends the run: going on would hide the row.
+  void refuse_nan(const StepLoss& found) const {
+    throw Error(
+        ErrorKind::bad_input,
+        {.where = found.bad_line != 0 ? fmt::format("{}: line {}", o_.data.string(), found.bad_line)
+                                      : o_.data.string(),
+         .what = fmt::format("the {} of step {} is no number",
+                             found.bad_line != 0 ? "loss" : "gradient", run_.step + 1),
+         .cure = "look at the row, or lower --lr; what was saved before can be gone on with"});
+  }
+
+  // Whether a step stands out so far from the last ones that it is left out.
+  bool is_outlier(double loss, double norm) {
+    if (o_.max_z_score == 0) return false;
+    if (run_.skipped_in_a_row >= kMaxSkippedInARow) {  // no outliers any more
+      losses_.values.clear();
+      norms_.values.clear();
+    }
+    return std::max(losses_.z_score(loss), norms_.z_score(norm)) > o_.max_z_score;
+  }
+
+  void step() {
+    Stopwatch step_watch;
+    const size_t end = step_end(o_, objective_->lengths(), order_, run_.cursor);
+    const std::span<const uint32_t> rows =
+        std::span<const uint32_t>(order_).subspan(run_.cursor, end - run_.cursor);
+    const StepLoss found = objective_->accumulate(*training_, rows, capacity_);
+    const double norm = global_norm(pool_, training_->gradients());
+    const double lr = o_.lr * schedule_factor(schedule_, run_.step);
+    if (!std::isfinite(found.loss) || !std::isfinite(norm)) refuse_nan(found);
+    const bool skips = is_outlier(found.loss, norm);
+    if (skips) {
+      ++run_.skipped;
+      ++run_.skipped_in_a_row;
+    } else {
+      adamw_->step(pool_, lora_.values, training_->gradients(), lr,
+                   clip_scale(norm, o_.max_grad_norm), groups_);
+      training_->refresh();
+      losses_.add(found.loss);
+      norms_.add(norm);
+      run_.loss_sum += found.loss;
+      ++run_.loss_count;
+      run_.skipped_in_a_row = 0;
+    }
+    ++run_.step;
+    run_.tokens_done += found.tokens;
+    run_.cursor = end;
+    const bool epoch_ends = end == order_.size();
+    const double epoch = static_cast<double>(run_.epoch) +
+                         static_cast<double>(end) / static_cast<double>(order_.size());
+    if (epoch_ends) {
+      run_.last_epoch_loss =
+          run_.loss_count == 0 ? 0 : run_.loss_sum / static_cast<double>(run_.loss_count);
+      run_.loss_sum = 0;
+      run_.loss_count = 0;
+      run_.cursor = 0;
+      order_ = epoch_order(objective_->lengths().size(), o_.seed, ++run_.epoch);
+    }
+    tokens_here_ += static_cast<double>(found.tokens);
+    seconds_here_ += step_watch.seconds();
+    report(found, norm, lr, epoch, skips);
+    after_step(epoch_ends);
+  }
+
+  void report(const StepLoss& found, double norm, double lr, double epoch, bool skipped) {
+    const double rate = tokens_here_ / seconds_here_;
+    const double per_step = static_cast<double>(run_.tokens_done) / static_cast<double>(run_.step);
+    TuneEvent event{.kind = TuneEvent::Kind::step,
+                    .step = run_.step,
+                    .steps = steps_,
+                    .epoch = epoch,
+                    .loss = found.loss,
+                    .lr = lr,
+                    .grad_norm = norm,
+                    .metrics = found.metrics,
+                    .tokens_per_second = rate,
+                    .seconds_left = per_step * static_cast<double>(steps_ - run_.step) / rate,
+                    .text = {}};
+    tell(event);
+    ordered_json line = {{"step", run_.step},
+                         {"epoch", epoch},
+                         {"loss", number_or_null(found.loss)},
+                         {"lr", lr},
+                         {"grad_norm", number_or_null(norm)},
+                         {"tokens", found.tokens},
+                         {"num_tokens", run_.tokens_done},
+                         {"tokens_per_second", rate}};
+    put(found.metrics, "", line);
+    append_line(log_, line.dump());
+    if (!skipped) return;
+    event.kind = TuneEvent::Kind::skipped;
+    event.text = fmt::format(
+        "step {} skipped: its loss or gradient stands {} standard deviations "
+        "above the last steps'",
+        run_.step, o_.max_z_score);
+    tell(event);
+  }
+
+  // Validates, saves and stops where it is due.
+  void after_step(bool epoch_ends) {
+    const bool last = run_.step == steps_;
+    const bool validates =
+        last || (o_.eval_steps == 0 ? epoch_ends : run_.step % o_.eval_steps == 0);
+    if (validates) validate();
+    if (o_.patience != 0 && run_.without_improvement >= o_.patience) {
+      stopped_early_ = true;
+      tell({.kind = TuneEvent::Kind::stopped_early,
+            .step = run_.step,
+            .steps = steps_,
+            .text = fmt::format("no better validation loss {} times in a row: stopping; the best "
+                                "is of step {}",
+                                run_.without_improvement, run_.best_step)});
+    }
+    const bool asked = StopSignals::asked();
+    if (asked || last || stopped_early_ || validates ||
+        (o_.save_steps != 0 && run_.step % o_.save_steps == 0))
+      save();
+    if (asked && !last && !stopped_early_)
+      throw Error(
+          ErrorKind::interrupted,
+          {.where = o_.out.string(),
+           .what = fmt::format("stopped after step {} of {}; all is saved", run_.step, steps_),
+           .cure = "give the same command to go on"});
+  }
+
+  // The best that was learnt, and the account of the run.
+  TuneResult finish() {
+    TuneResult r;
+    r.counts = objective_->counts();
+    r.tokens = objective_->tokens();
+    r.trained_tokens = objective_->trained_tokens();
+    r.examples = objective_->lengths().size();
+    r.validation_examples = objective_->validation_rows();
+    r.steps = run_.step;
+    r.best_step = run_.best.empty() ? run_.step : run_.best_step;
+    r.skipped_steps = run_.skipped;
+    r.train_loss = run_.loss_count != 0 ? run_.loss_sum / static_cast<double>(run_.loss_count)
+                                        : run_.last_epoch_loss;
+    if (objective_->validation_rows() != 0) {
+      r.val_loss_before = run_.first_loss;
+      r.val_loss = run_.best_loss;
+    }
+    r.seconds = seconds_before_ + watch_.seconds();
+    r.tokens_per_second = seconds_here_ > 0 ? tokens_here_ / seconds_here_ : 0;
+    r.peak_bytes = peak_memory_bytes();
+    if (!run_.best.empty()) lora_.values.swap(run_.best);
+    if (lora_.whole.empty()) {
+      r.adapter = o_.out / "adapter";
+      write_peft_adapter(r.adapter, lora_, o_.model.string());
+    } else {
+      const ModelFiles files = open_model(o_.model);
+      r.model = o_.out / (files.folder ? "model" : "model.gguf");
+      if (files.folder)
+        write_merged_folder(r.model, files, lora_, type());
+      else
+        write_merged_gguf(r.model, files, lora_, type());
+    }
+    write_file(o_.out / "tune.json", to_json(r, fingerprint_).dump(2) + "\n");
+    std::filesystem::remove(checkpoint_);
+    return r;
+  }
+
+  const TuneOptions& o_;
+  const std::string fingerprint_;
+  const TuneProgress& progress_;
+  const std::filesystem::path checkpoint_, log_;
+  Pool pool_;
+  std::unique_ptr<Objective> objective_;
+  std::optional<Model> model_;
+  Lora lora_;
+  size_t capacity_ = 0;
+  uint64_t steps_ = 0;
+  std::optional<LoraTraining> training_;
+  std::optional<AdamW> adamw_;
+  std::vector<ParameterGroup> groups_;
+  ScheduleOptions schedule_;
+
+  TrainingRun run_;
+  OutlierGuard losses_, norms_;
+  std::vector<uint32_t> order_;  // of the epoch
+  Stopwatch watch_;
+  double seconds_before_ = 0, tokens_here_ = 0, seconds_here_ = 0;
+  bool stopped_early_ = false;
+};
+
+}  // namespace
 
 TuneResult tune(const TuneOptions& o, const TuneProgress& progress) {
   check(o);
-  const auto tell = [&](const TuneEvent& event) {
-    if (progress) progress(event);
-  };
   make_folder(o.out);
-  const std::filesystem::path checkpoint = o.out / "checkpoint.safetensors";
-  const std::filesystem::path log = o.out / "log.jsonl";
   const std::string fingerprint = fingerprint_of(o);
   if (o.restart) {
-    for (const char* name : {"checkpoint.safetensors", "log.jsonl", "tune.json"})
+    for (const char* name : {"checkpoint.safetensors", "reference.safetensors", "tune.json"})
       std::filesystem::remove(o.out / name);
   } else if (const auto done = finished_result(o, fingerprint)) {
     return *done;
   }
-
-  // Rows and weights. The files are closed before the first step: their pages would count.
-  Pool pool(o.threads == 0 ? usable_threads() : o.threads);
-  TuneResult result;
-  Split split;
-  std::optional<Model> loaded;
-  {
-    const ModelFiles files = open_model(o.model);
-    Dataset data = load_dataset(o.data, files, o.rows);
-    tell({.kind = TuneEvent::Kind::data, .text = describe(data)});
-    result.counts = data.counts;
-    if (o.validation.empty()) {
-      split = split_by_hash(std::move(data.examples), o.val_fraction);
-    } else {
-      split.train = std::move(data.examples);
-      split.validation = load_dataset(o.validation, files, o.rows).examples;
-    }
-    loaded = load_model(pool, files, {.profile = o.precision, .context = o.rows.max_length});
-  }
-  Model& model = *loaded;
-  const std::span<const Example> examples = split.train;
-  size_t longest = 0;
-  for (const auto* set : {&split.train, &split.validation})
-    for (const Example& e : *set) longest = std::max(longest, e.ids.size());
-  for (const Example& e : examples) {
-    result.tokens += e.ids.size();
-    result.trained_tokens += e.trained_tokens();
-  }
-  result.examples = examples.size();
-  result.validation_examples = split.validation.size();
-
-  Lora lora = o.adapter.empty() ? make_lora(model.config, o.lora, o.seed)
-                                : read_peft_adapter(o.adapter, model.config);
-  // A batch never needs more tokens than a step has.
-  size_t step_tokens = 0;
-  for (const Example& e : examples) step_tokens = std::max(step_tokens, e.ids.size());
-  if (o.batch_tokens == 0) {
-    std::vector<size_t> lengths;
-    for (const Example& e : examples) lengths.push_back(e.ids.size());
-    std::sort(lengths.rbegin(), lengths.rend());
-    step_tokens = 0;
-    for (size_t i = 0; i < std::min<size_t>(o.batch_size, lengths.size()); ++i)
-      step_tokens += lengths[i];
-  } else {
-    step_tokens = std::max<size_t>(step_tokens, o.batch_tokens);
-  }
-  const size_t capacity = std::max(longest, std::min<size_t>(o.micro_batch_tokens, step_tokens));
-  const MemoryPlan plan = plan_memory(o, model, lora, capacity);
-  const uint64_t steps = count_steps(o, examples);
-  tell({.kind = TuneEvent::Kind::plan,
-        .steps = steps,
-        .text = fmt::format("{} steps; {} adapter parameters; memory: weights {}, activations {} "
-                            "({}), adapter {}: peak {}",
-                            steps, lora.values.size(), megabytes(plan.weights),
-                            megabytes(plan.activations), name_of(plan.recompute),
-                            megabytes(plan.adapter), megabytes(plan.peak))});
-
-  LoraTraining training(pool, model, lora, {.tokens = capacity, .recompute = plan.recompute});
-  AdamW adamw(lora.values.size(), o.adamw);
-  const ScheduleOptions schedule{
-      .kind = o.schedule,
-      .warmup = static_cast<uint64_t>(std::ceil(o.warmup_ratio * static_cast<double>(steps))),
-      .total = steps,
-      .min_ratio = o.min_lr_ratio};
-
-  // Where the run stands.
-  TrainingRun run;
-  if (std::optional<TrainingRun> saved =
-          read_checkpoint(checkpoint, fingerprint, lora.values.size())) {
-    run = std::move(*saved);
-    lora.values = run.values;
-    adamw.m = run.m;
-    adamw.v = run.v;
-    adamw.steps = run.updates;
-    training.refresh();
-    rewind_log(log, run.step);
-    tell({.kind = TuneEvent::Kind::resumed,
-          .step = run.step,
-          .steps = steps,
-          .text = fmt::format("going on from step {} of {}", run.step, steps)});
-  } else {
-    std::filesystem::remove(log);
-  }
-  Stopwatch watch;
-  const double seconds_before = run.seconds;
-  const auto save = [&] {
-    run.values = lora.values;
-    run.m = adamw.m;
-    run.v = adamw.v;
-    run.updates = adamw.steps;
-    run.seconds = seconds_before + watch.seconds();
-    write_checkpoint(checkpoint, fingerprint, run);
-  };
-  const auto validate = [&] {
-    if (split.validation.empty()) return;
-    const double loss = validation_loss(training, split.validation, capacity);
-    append_line(log, ordered_json{{"step", run.step}, {"val_loss", number_or_null(loss)}}.dump());
-    if (run.step == 0) run.first_loss = loss;
-    if (loss < run.best_loss) {
-      run.best_loss = loss;
-      run.best_step = run.step;
-      run.best = lora.values;
-      run.without_improvement = 0;
-    } else {
-      ++run.without_improvement;
-    }
-    tell({.kind = TuneEvent::Kind::validation,
-          .step = run.step,
-          .steps = steps,
-          .loss = loss,
-          .text = fmt::format("validation loss {:.4f}{}", loss,
-                              run.best_step == run.step ? ", the best so far" : "")});
-  };
-
-  StopSignals signals;
-  if (run.step == 0 && std::isnan(run.first_loss)) validate();
-  std::vector<uint32_t> order = epoch_order(examples.size(), o.seed, run.epoch);
-  double tokens_here = 0, seconds_here = 0;
-  bool stopped_early = o.patience != 0 && run.without_improvement >= o.patience;
-  while (run.step < steps && !stopped_early) {
-    Stopwatch step_watch;
-    const size_t end = step_end(o, examples, order, run.cursor);
-    const std::span<const uint32_t> which =
-        std::span<const uint32_t>(order).subspan(run.cursor, end - run.cursor);
-    const StepLoss step = accumulate_step(training, examples, which, capacity);
-    const double norm = global_norm(pool, training.gradients());
-    const double lr = o.lr * schedule_factor(schedule, run.step);
-    const bool finite = std::isfinite(step.loss) && std::isfinite(norm);
-    if (finite) {
-      adamw.step(pool, lora.values, training.gradients(), lr, clip_scale(norm, o.max_grad_norm));
-      training.refresh();
-      run.loss_sum += step.loss;
-      ++run.loss_count;
-      run.skipped_in_a_row = 0;
-    } else {
-      ++run.skipped;
-      ++run.skipped_in_a_row;
-    }
-    ++run.step;
-    run.tokens_done += step.tokens;
-    run.cursor = end;
-    const bool epoch_ends = end == order.size();
-    const double epoch = static_cast<double>(run.epoch) +
-                         static_cast<double>(end) / static_cast<double>(order.size());
-    if (epoch_ends) {
-      run.last_epoch_loss =
-          run.loss_count == 0 ? 0 : run.loss_sum / static_cast<double>(run.loss_count);
-      run.loss_sum = 0;
-      run.loss_count = 0;
-      run.cursor = 0;
-      order = epoch_order(examples.size(), o.seed, ++run.epoch);
-    }
-    tokens_here += static_cast<double>(step.tokens);
-    seconds_here += step_watch.seconds();
-    const double rate = tokens_here / seconds_here;
-    const double per_step = static_cast<double>(run.tokens_done) / static_cast<double>(run.step);
-    TuneEvent event{.kind = TuneEvent::Kind::step,
-                    .step = run.step,
-                    .steps = steps,
-                    .epoch = epoch,
-                    .loss = step.loss,
-                    .lr = lr,
-                    .grad_norm = norm,
-                    .tokens_per_second = rate,
-                    .seconds_left = per_step * static_cast<double>(steps - run.step) / rate,
-                    .text = {}};
-    tell(event);
-    append_line(log, ordered_json{{"step", run.step},
-                                  {"epoch", epoch},
-                                  {"loss", number_or_null(step.loss)},
-                                  {"lr", lr},
-                                  {"grad_norm", number_or_null(norm)},
-                                  {"tokens", step.tokens},
-                                  {"tokens_per_second", rate}}
-                         .dump());
-    if (!finite) {
-      event.kind = TuneEvent::Kind::skipped;
-      event.text = step.bad_line != 0
-                       ? fmt::format("step {} skipped: the loss of the row at line {} is no number",
-                                     run.step, step.bad_line)
-                       : fmt::format("step {} skipped: its gradient is no number", run.step);
-      tell(event);
-      if (run.skipped_in_a_row >= kMaxSkippedInARow)
-        throw Error(ErrorKind::bad_input,
-                    {.where = o.data.string(),
-                     .what = fmt::format("{} steps in a row gave no number", run.skipped_in_a_row),
-                     .cure = "lower --lr, or look at the rows named above"});
-    }
-
-    const bool last = run.step == steps;
-    const bool validates = last || (o.eval_steps == 0 ? epoch_ends : run.step % o.eval_steps == 0);
-    if (validates) validate();
-    if (o.patience != 0 && run.without_improvement >= o.patience) {
-      stopped_early = true;
-      tell({.kind = TuneEvent::Kind::stopped_early,
-            .step = run.step,
-            .steps = steps,
-            .text = fmt::format("no better validation loss {} times in a row: stopping; the best "
-                                "is of step {}",
-                                run.without_improvement, run.best_step)});
-    }
-    const bool asked = StopSignals::asked();
-    if (asked || last || stopped_early || validates ||
-        (o.save_steps != 0 && run.step % o.save_steps == 0))
-      save();
-    if (asked && !last && !stopped_early)
-      throw Error(
-          ErrorKind::interrupted,
-          {.where = o.out.string(),
-           .what = fmt::format("stopped after step {} of {}; all is saved", run.step, steps),
-           .cure = "give the same command to go on"});
-  }
-
-  // The best adapter, and the account of the run.
-  if (!run.best.empty()) lora.values = run.best;
-  result.adapter = o.out / "adapter";
-  result.steps = run.step;
-  result.best_step = run.best.empty() ? run.step : run.best_step;
-  result.skipped_steps = run.skipped;
-  result.train_loss = run.loss_count != 0 ? run.loss_sum / static_cast<double>(run.loss_count)
-                                          : run.last_epoch_loss;
-  if (!split.validation.empty()) {
-    result.val_loss_before = run.first_loss;
-    result.val_loss = run.best_loss;
-  }
-  result.seconds = seconds_before + watch.seconds();
-  result.tokens_per_second = seconds_here > 0 ? tokens_here / seconds_here : 0;
-  result.peak_bytes = peak_memory_bytes();
-  write_peft_adapter(result.adapter, lora, o.model.string());
-  write_file(o.out / "tune.json", to_json(result, fingerprint).dump(2) + "\n");
-  std::filesystem::remove(checkpoint);
-  return result;
+  return Run(o, fingerprint, progress).finish_from_here();
 }
 
 }  // namespace moru

@@ -1,13 +1,14 @@
-// Supervised fine-tuning: a model and a file of pairs in, a LoRA adapter out.
+// Fine-tuning: a model and rows of data in, a LoRA adapter or a model out.
 //
-// An optimiser step takes a fixed list of examples from the epoch's seeded order and splits them
-// into batches that fit the memory plan; the loss is Σ −log p over the tokens learnt in the whole
-// step, divided by their number, so the split changes nothing. A checkpoint holds all there is to
-// know, so that a run that is killed and started again reaches the same bits.
+// An optimiser step takes a fixed list of rows from the epoch's seeded order; what they are learnt
+// by says objective.h, what of the model learns learnt.h. A checkpoint holds all there is to know,
+// so that a run that is killed and started again reaches the same bits.
 //
 //   out/checkpoint.safetensors   while the run is not finished
 //   out/log.jsonl                one line a step and a validation
+//   out/reference.safetensors    log-probabilities of the reference, of methods that have one
 //   out/adapter/                 PEFT folder: the best adapter by validation loss, or the last
+//   out/model/ or model.gguf     instead, where weights were learnt whole
 //   out/tune.json                what was done, when finished
 #pragma once
 #include <cstdint>
@@ -20,6 +21,8 @@
 #include "engine/training.h"
 #include "tune/adapter.h"
 #include "tune/data.h"
+#include "tune/learnt.h"
+#include "tune/objective.h"
 #include "tune/optimizer.h"
 
 namespace moru {
@@ -31,6 +34,9 @@ struct TuneOptions {
   std::filesystem::path out;         // folder
   std::filesystem::path adapter;     // PEFT folder to go on from; empty: a new adapter
 
+  Method method = Method::sft;
+  PreferenceOptions preference;
+  LearntOptions learnt;
   DataOptions rows;
   AdapterOptions lora;
   AdamWOptions adamw;
@@ -39,6 +45,7 @@ struct TuneOptions {
   double min_lr_ratio = 0.1;
   double warmup_ratio = 0.03;
   double max_grad_norm = 1;
+  double max_z_score = 6;  // of loss and gradient norm: a step above it is skipped; 0: none is
   uint64_t epochs = 3;
   uint64_t max_steps = 0;     // 0: as many as the epochs have
   uint64_t batch_size = 16;   // examples a step
@@ -50,7 +57,10 @@ struct TuneOptions {
   uint64_t save_steps = 50;
   uint64_t seed = 42;
 
-  Profile precision = Profile::bf16;
+  Profile precision = Profile::bf16;  // bf16 or f32
+  // A quantized model's weights stay packed and are unpacked as they are needed (QLoRA): the same
+  // values as those of weights that are unpacked once, in less memory.
+  bool keep_quantized = false;
   std::optional<Recompute> recompute;  // default: the lightest that fits the memory
   size_t threads = 0;                  // 0: all that this process may use
   bool restart = false;                // forget an unfinished or finished run in `out`
@@ -63,18 +73,20 @@ struct MemoryPlan {
 };
 
 struct TuneEvent {
-  enum class Kind { data, plan, resumed, step, validation, skipped, stopped_early } kind;
+  enum class Kind { data, plan, reference, resumed, step, validation, skipped, stopped_early } kind;
   uint64_t step = 0, steps = 0;  // done, of
   double epoch = 0;
   double loss = 0;  // of the step, or of the validation
   double lr = 0, grad_norm = 0;
+  std::vector<Metric> metrics;  // of the step, or of the validation; TRL's names
   double tokens_per_second = 0, seconds_left = 0;
   std::string text;  // for people
 };
 using TuneProgress = std::function<void(const TuneEvent&)>;
 
 struct TuneResult {
-  std::filesystem::path adapter;  // PEFT folder
+  std::filesystem::path adapter;  // PEFT folder; empty where weights were learnt whole
+  std::filesystem::path model;    // the model with them; empty otherwise
   uint64_t steps = 0, best_step = 0, skipped_steps = 0;
   uint64_t examples = 0, validation_examples = 0;
   uint64_t tokens = 0, trained_tokens = 0;          // of one epoch
@@ -87,10 +99,8 @@ struct TuneResult {
 
 // Runs to the end, going on from a checkpoint in `out` where there is one.
 // Errors: those of the model and the data; usage (the checkpoint is of another run); no_space (the
-// plan does not fit); interrupted (SIGINT or SIGTERM: saved); bad_input (the loss stays NaN).
+// plan does not fit); interrupted (SIGINT or SIGTERM: saved); bad_input (a loss is no number,
+// naming the row).
 TuneResult tune(const TuneOptions& options, const TuneProgress& progress = {});
-
-// Mean −log p over the learnt tokens of `examples`, batches of at most `capacity` tokens.
-double validation_loss(LoraTraining& training, std::span<const Example> examples, size_t capacity);
 
 }  // namespace moru

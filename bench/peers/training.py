@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""moru's training beside torch: one table of one run, on an otherwise idle machine.
+
+    bench/peers/training.py TRAIN_BENCH [--only lora,rows,full,pairs,gemma,packed] [--wrap COMMAND]
+
+torch, transformers and PEFT run in this interpreter's environment (start it with the peers' python);
+models are looked for in $MORU_PEERS (default ~/.cache/moru-peers). Both sides use --threads threads,
+bf16 and the same tokens; the best of three steps counts. A peer runs in a process of its own, so
+that its peak memory is its own. What TRL does for a step of DPO without precomputed reference: the
+policy's and the reference's forward pass over both answers, each with its own prompt, the same
+forward pass being the reference's with the adapter off.
+"""
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+PEERS = os.environ.get("MORU_PEERS", os.path.expanduser("~/.cache/moru-peers"))
+SMOL = f"{PEERS}/models/SmolLM2-135M-Instruct.Q4_1-hf"
+GEMMA = f"{PEERS}/models/gemma-3-270m-Q4_K_M-hf"
+ROWS = {  # name: model, bench's shape, bench's flags, the peer's mode
+    "lora": (SMOL, "lora", [], "lora"),
+    "rows": (SMOL, "rows", [], "rows"),
+    "full": (SMOL, "full", [], "full"),
+    "pairs": (SMOL, "pairs", [], "pairs"),
+    "gemma": (GEMMA, "lora", [], "lora"),
+    "packed": (f"{PEERS}/models/SmolLM2-135M-Q4_K_M.gguf", "lora", ["--packed"], None),
+}
+
+
+def peer(model_path, mode, threads):
+    """One measurement in this process: prints a line of JSON."""
+    import resource
+    import time
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    torch.set_num_threads(threads)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+    vocab = model.config.vocab_size
+    if mode != "full":
+        model = get_peft_model(model, LoraConfig(
+            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.train()
+    shape = {"lora": (4, 512), "full": (4, 512), "rows": (58, 35), "pairs": (16, 192)}[mode]
+    ids = torch.randint(100, vocab - 100, shape)
+    labels = ids.clone()
+    if mode == "rows":
+        labels[:, : 35 - 10] = -100
+    if mode == "pairs":
+        ids[8:, :128] = ids[:8, :128]
+        labels[:, :128] = -100
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=1e-4)
+
+    def logps():
+        logits = model(input_ids=ids).logits[:, 127:-1].float()
+        chosen = torch.gather(logits.log_softmax(-1), 2, ids[:, 128:, None]).squeeze(2)
+        return chosen.sum(1)
+
+    def loss():
+        if mode != "pairs":
+            return model(input_ids=ids, labels=labels).loss
+        with torch.no_grad(), model.disable_adapter():
+            reference = logps()
+        ratio = logps() - reference
+        return -torch.nn.functional.logsigmoid(0.1 * (ratio[:8] - ratio[8:])).mean()
+
+    seconds = []
+    for _ in range(3):
+        start = time.time()
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.time() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"tokens_per_second": ids.numel() / min(seconds), "peak_bytes": peak}))
+
+
+def last_json(command, wrap):
+    done = subprocess.run(shlex.split(wrap) + [str(c) for c in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr.strip()[-400:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("bench")
+    parser.add_argument("--only", default=",".join(ROWS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--wrap", default="", help="put before each command, to run it alone")
+    parser.add_argument("--peer", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peer:
+        return peer(args.bench, args.peer, args.threads)
+    print(f"{'':10}{'moru t/s':>10}{'of products':>13}{'peak MB':>9}{'torch t/s':>11}{'peak MB':>9}"
+          f"{'ratio':>8}")
+    for name in args.only.split(","):
+        model, shape, flags, mode = ROWS[name]
+        ours = last_json([args.bench, model, "--threads", args.threads, "--json", *flags, shape], args.wrap)
+        line = (f"{name:10}{ours['tokens_per_second']:10.0f}{100 * ours['share_of_products']:11.0f} %"
+                f"{ours['peak_bytes'] / 1e6:9.0f}")
+        if mode:
+            theirs = last_json([sys.executable, "-P", os.path.abspath(__file__), model, "--threads",
+                                args.threads, "--peer", mode], args.wrap)
+            line += (f"{theirs['tokens_per_second']:11.0f}{theirs['peak_bytes'] / 1e6:9.0f}"
+                     f"{ours['tokens_per_second'] / theirs['tokens_per_second']:7.2f}×")
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

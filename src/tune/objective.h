@@ -1,0 +1,93 @@
+// What a training step is made of: the rows of one method, and the loss that they are learnt by.
+//
+//   sft    documents: Σ −log p over learnt tokens, over their number in the whole step
+//   text   the same of raw text
+//   dpo    pairs of answers: the mean of preference.h's loss over the step's pairs
+//   kto    labelled answers: the mean of kto_loss over the step's rows
+//
+// A step's rows are dealt to batches that the memory plan allows; how they are dealt changes
+// nothing but the order of sums. Metrics bear TRL's names.
+#pragma once
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "engine/training.h"
+#include "tune/data.h"
+#include "tune/preference.h"
+
+namespace moru {
+
+enum class Method { sft, text, dpo, kto };
+// "sft", "text", "dpo", "kto"; SimPO and ORPO are losses of pairs. Error: usage.
+Method parse_method(std::string_view name);
+std::string_view name_of(Method method);
+
+struct Metric {
+  std::string name;
+  double value = 0;
+};
+
+struct StepLoss {
+  double loss = 0;
+  uint64_t tokens = 0;    // computed
+  uint64_t bad_line = 0;  // of the first row whose loss is no number
+  std::vector<Metric> metrics;
+};
+
+struct ObjectiveOptions {
+  Method method = Method::sft;
+  std::filesystem::path data;        // rows to learn
+  std::filesystem::path validation;  // rows to validate on; empty: a share of `data`
+  double val_fraction = 0.1;
+  DataOptions rows;
+  PreferenceOptions preference;
+};
+
+class Objective {
+ public:
+  virtual ~Objective() = default;
+
+  // Tokens that each row to learn takes in a batch.
+  std::span<const size_t> lengths() const { return lengths_; }
+  size_t longest() const { return longest_; }  // of all rows, those to validate on too
+  size_t validation_rows() const { return validation_rows_; }
+  uint64_t tokens() const { return tokens_; }  // of one epoch
+  uint64_t trained_tokens() const { return trained_tokens_; }
+  const DataCounts& counts() const { return counts_; }
+  const std::vector<RowProblem>& problems() const { return problems_; }
+
+  // Log-probabilities of the model as it is now become those of the reference. They are read from
+  // `cache` if it holds those of `model_key`, this data and this precision, and written there
+  // otherwise. `told` hears of rows done, of all. Does nothing for losses without a reference.
+  virtual void take_reference(LoraTraining& training, size_t capacity,
+                              const std::filesystem::path& cache, const std::string& model_key,
+                              const std::function<void(size_t, size_t)>& told);
+
+  // Clears the gradients, then accumulates those of the loss over `rows`, in batches of at most
+  // `capacity` tokens (or one row).
+  virtual StepLoss accumulate(LoraTraining& training, std::span<const uint32_t> rows,
+                              size_t capacity) = 0;
+  // The loss over the rows to validate on, which there must be.
+  virtual StepLoss validate(LoraTraining& training, size_t capacity) = 0;
+
+ protected:
+  std::vector<size_t> lengths_;
+  size_t longest_ = 0, validation_rows_ = 0;
+  uint64_t tokens_ = 0, trained_tokens_ = 0;
+  DataCounts counts_;
+  std::vector<RowProblem> problems_;
+};
+
+// Reads the data. Errors: those of the data; usage.
+std::unique_ptr<Objective> make_objective(const ObjectiveOptions& options, const ModelFiles& files);
+
+// Mean −log p over the learnt tokens of `examples`, batches of at most `capacity` tokens.
+double validation_loss(LoraTraining& training, std::span<const Example> examples, size_t capacity);
+
+}  // namespace moru

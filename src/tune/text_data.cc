@@ -1,0 +1,91 @@
+#include "tune/text_data.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "base/error.h"
+#include "base/files.h"
+#include "base/hash.h"
+#include "base/text.h"
+
+namespace moru {
+namespace {
+
+void add_document(const ModelFiles& files, const DataOptions& options, std::string_view text,
+                  uint64_t line, Dataset& into) {
+  const Tokenizer& tokenizer = files.tokenizer;
+  std::vector<TokenId> ids = tokenizer.encode(text);
+  if (tokenizer.adds_bos() && tokenizer.bos() && (ids.empty() || ids.front() != *tokenizer.bos()))
+    ids.insert(ids.begin(), *tokenizer.bos());
+  if (const auto eos = tokenizer.eos(); eos && (ids.empty() || ids.back() != *eos))
+    ids.push_back(*eos);
+  const uint64_t hash = std::stoull(sha256(text).substr(0, 16), nullptr, 16);
+  for (size_t at = 0; at < ids.size(); at += options.max_length) {
+    const size_t count = std::min(options.max_length, ids.size() - at);
+    if (count < 2) {  // a single token has nothing to be learnt from
+      if (at == 0) ++into.counts.without_answer;
+      continue;
+    }
+    Example e;
+    e.ids.assign(ids.begin() + static_cast<std::ptrdiff_t>(at),
+                 ids.begin() + static_cast<std::ptrdiff_t>(at + count));
+    e.trained.assign(count, 1);
+    e.trained[0] = 0;
+    e.line = line;
+    e.hash = hash;
+    into.examples.push_back(std::move(e));
+  }
+}
+
+void add_file(const ModelFiles& files, const DataOptions& options,
+              const std::filesystem::path& path, Dataset& into) {
+  const std::string text = read_file(path);
+  if (find_invalid_utf8(text))
+    throw Error(ErrorKind::bad_input, {.where = path.string(),
+                                       .what = "is not UTF-8 text",
+                                       .cure = "convert it: iconv -t utf-8"});
+  ++into.counts.rows;
+  add_document(files, options, text, into.counts.rows, into);
+}
+
+}  // namespace
+
+Dataset load_text(const std::filesystem::path& path, const ModelFiles& files,
+                  const DataOptions& options) {
+  Dataset data;
+  if (std::filesystem::is_directory(path)) {
+    std::vector<std::filesystem::path> texts;
+    for (const auto& entry : std::filesystem::directory_iterator(path))
+      if (entry.is_regular_file() && entry.path().extension() == ".txt")
+        texts.push_back(entry.path());
+    std::sort(texts.begin(), texts.end());
+    for (const std::filesystem::path& text : texts) add_file(files, options, text, data);
+  } else if (path.extension() == ".txt") {
+    add_file(files, options, path, data);
+  } else {
+    RecordReader reader(path);
+    while (const std::optional<Row> row = reader.next()) {
+      ++data.counts.rows;
+      const auto text = row->value.find("text");
+      if (text != row->value.end() && text->is_string()) {
+        add_document(files, options, text->get_ref<const std::string&>(), row->line, data);
+        continue;
+      }
+      ++data.counts.bad;
+      data.problems.push_back(
+          {row->line, "text", text == row->value.end() ? "is missing" : "is not a text"});
+    }
+    for (const RowProblem& problem : reader.problems()) {
+      ++data.counts.rows;
+      ++data.counts.bad;
+      data.problems.push_back(problem);
+    }
+  }
+  if (data.examples.empty())
+    throw Error(ErrorKind::bad_input, {.where = path.string(),
+                                       .what = "holds no text to learn",
+                                       .cure = "give .txt files, or rows with a field \"text\""});
+  return data;
+}
+
+}  // namespace moru
