@@ -154,7 +154,8 @@ void set_seen(const CachedCall& call, const CachedItem& item, size_t b, const Bl
   }
 }
 
-void write_out(const CachedCall& call, const CachedItem& item, const float* sum,
+// max, to base 2, and sum of each row; a sink adds its own exponential to the sum.
+void write_out(const CachedCall& call, const CachedItem& item, const float* max, const float* sum,
                const float* weighted) {
   const FloatKernels& kernels = float_kernels();
   const size_t dim = call.shape.head_dim;
@@ -163,7 +164,12 @@ void write_out(const CachedCall& call, const CachedItem& item, const float* sum,
                 item.kv_head * call.group * dim;
     for (size_t g = 0; g < call.group; ++g) {
       const size_t r = t * call.group + g;
-      kernels.scale(weighted + r * dim, dim, 1.0f / sum[r], to + g * dim);
+      float total = sum[r];
+      if (call.shape.sinks != nullptr) {
+        const float sink = call.shape.sinks[item.kv_head * call.group + g] / kLn2;
+        total += std::exp2(sink - max[r]);
+      }
+      kernels.scale(weighted + r * dim, dim, 1.0f / total, to + g * dim);
     }
   }
 }
@@ -231,7 +237,8 @@ void attend_item(const CachedCall& call, const CachedItem& item) {
     if (!alone) kernels.merge_block(block, total.max, total.sum, total.out);
   }
   if (item.part == nullptr)
-    write_out(call, item, alone ? part.sum : total.sum, alone ? part.out : total.out);
+    write_out(call, item, alone ? part.max : total.max, alone ? part.sum : total.sum,
+              alone ? part.out : total.out);
 }
 
 // Merges the parts of an item whose blocks were items of their own.
@@ -255,7 +262,7 @@ void merge_items(const CachedCall& call, const CachedItem& whole) {
     block.out = block.sum + Scratch::padded(rows);
     kernels.merge_block(block, total.max, total.sum, total.out);
   }
-  write_out(call, whole, total.sum, total.out);
+  write_out(call, whole, total.max, total.sum, total.out);
 }
 
 }  // namespace

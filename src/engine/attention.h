@@ -19,6 +19,8 @@ struct AttentionShape {
   float scale = 0;                               // of the scores, usually head_dim^-½
   float softcap = 0;                             // 0: none
   size_t window = 0;  // a query sees at most this many keys, itself included; 0: all
+  // [heads] scores that join each head's softmax without a value, or null; inference alone.
+  const float* sinks = nullptr;
 };
 
 // Consecutive new tokens of one sequence whose keys and values are already in the cache.

@@ -4,11 +4,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "base/error.h"
 #include "base/memory.h"
 #include "engine/attention.h"
 #include "engine/linear.h"
+#include "engine/moe.h"
 #include "engine/row_ops.h"
 
 namespace moru {
@@ -39,6 +41,7 @@ struct Engine::State {
   // One step's activations; rows beyond the step's tokens are stale.
   Rows x, norm, q, k, v, mixed, branch, gate, up, hidden, logits;
   Operand operand;
+  std::optional<ExpertsStep> experts;  // of models that have them
   std::vector<int32_t> positions;
   std::vector<AttentionSpan> attention_spans;
   size_t tokens = 0;
@@ -66,6 +69,7 @@ struct Engine::State {
         operand(the_model.activations) {
     const Config& c = model.config;
     operand.reserve(step_tokens, std::max({c.width, c.q_width(), c.ffn_width}));
+    if (c.experts.count != 0) experts.emplace(c, model.activations, step_tokens);
     positions.reserve(step_tokens);
     attention_spans.reserve(step_tokens);
   }
@@ -76,18 +80,32 @@ struct Engine::State {
               static_cast<const float*>(rows.buffer.data()), tokens, rows.cols);
   }
 
-  void rms_norm(Rows& from, const Vector& gain, Rows& to) {
-    rms_norm_rows(pool, from.data(), from.cols, tokens, from.cols, gain.data(),
-                  model.config.norm_eps, to.data(), to.cols);
+  void norm_rows(Rows& from, const Vector& gain, Rows& to) {
+    const Config& c = model.config;
+    const auto norm_of = c.norm == NormKind::layer ? layer_norm_rows : rms_norm_rows;
+    norm_of(pool, from.data(), from.cols, tokens, from.cols, gain.data(), c.norm_eps, to.data(),
+            to.cols, nullptr);
+  }
+  // What a sub-layer reads: its norm, or the stream itself where the layout norms results alone.
+  Rows& normed(const Vector& gain) {
+    if (gain.empty()) return x;
+    norm_rows(x, gain, norm);
+    return norm;
   }
 
-  // Norm and rotation of each head's queries or keys.
-  void place(Rows& rows, size_t heads, const Vector& gain, const RopeTables& rope) {
+  // Norm and rotation of queries or keys.
+  void place(Rows& rows, size_t heads, const Vector& gain, size_t layer) {
     const Config& c = model.config;
-    if (c.qk_norm == QkNorm::rms_before_rope)
-      rms_norm_rows(pool, rows.data(), c.head_dim, tokens * heads, c.head_dim, gain.data(),
-                    c.norm_eps, rows.data(), c.head_dim);
-    rope_rows(pool, rope.view(), positions, rows.data(), rows.cols, heads, c.head_dim);
+    const auto norm_heads = [&](size_t each, size_t size) {
+      rms_norm_rows(pool, rows.data(), size, tokens * each, size, gain.data(), c.norm_eps,
+                    rows.data(), size);
+    };
+    if (c.qk_norm == QkNorm::rms_before_rope) norm_heads(heads, c.head_dim);
+    if (c.qk_norm == QkNorm::rms_whole_before_rope) norm_heads(1, rows.cols);
+    if (c.rotates(layer))
+      rope_rows(pool, model.rope_of(layer).view(), positions, rows.data(), rows.cols, heads,
+                c.head_dim);
+    if (c.qk_norm == QkNorm::rms_after_rope) norm_heads(heads, c.head_dim);
   }
 
   void bias(Rows& rows, const Vector& values) {
@@ -97,7 +115,7 @@ struct Engine::State {
 
   // x += residual_scale · branch, normed first where the family does.
   void add_branch(const Vector& post_norm) {
-    if (!post_norm.empty()) rms_norm(branch, post_norm, branch);
+    if (!post_norm.empty()) norm_rows(branch, post_norm, branch);
     add_rows(pool, branch.data(), branch.cols, tokens, x.cols, model.config.residual_scale,
              x.data(), x.cols);
   }
@@ -106,16 +124,16 @@ struct Engine::State {
     const Layer& w = model.layers[index];
     const Config& c = model.config;
 
-    rms_norm(x, w.attn_norm, norm);
-    watch(index, "attn_q", norm);
-    operand.set(norm.data(), tokens, norm.cols);
+    Rows& attn_in = normed(w.attn_norm);
+    watch(index, "attn_q", attn_in);
+    operand.set(attn_in.data(), tokens, attn_in.cols);
     operand.multiply(
         pool, {{&w.q, q.data(), q.cols}, {&w.k, k.data(), k.cols}, {&w.v, v.data(), v.cols}});
     bias(q, w.q_bias);
     bias(k, w.k_bias);
     bias(v, w.v_bias);
-    place(q, c.heads, w.q_norm, model.rope_of(index));
-    place(k, c.kv_heads, w.k_norm, model.rope_of(index));
+    place(q, c.heads, w.q_norm, index);
+    place(k, c.kv_heads, w.k_norm, index);
     for (const AttentionSpan& span : attention_spans)
       cache.write(*span.sequence, index, span.first_position, span.tokens, k.row(span.first_row),
                   v.row(span.first_row), k.cols);
@@ -125,7 +143,8 @@ struct Engine::State {
                    .head_dim = c.head_dim,
                    .scale = c.attn_scale,
                    .softcap = c.attn_softcap,
-                   .window = c.is_windowed(index) ? c.window : 0},
+                   .window = c.is_windowed(index) ? c.window : 0,
+                   .sinks = w.sinks.empty() ? nullptr : w.sinks.data()},
                   cache, index, attention_spans, q.data(), q.cols, mixed.data(), mixed.cols);
     watch(index, "attn_output", mixed);
     operand.set(mixed.data(), tokens, mixed.cols);
@@ -133,16 +152,31 @@ struct Engine::State {
     bias(branch, w.attn_out_bias);
     add_branch(w.attn_post_norm);
 
-    rms_norm(x, w.ffn_norm, norm);
-    watch(index, "ffn_gate", norm);
-    operand.set(norm.data(), tokens, norm.cols);
+    // In a parallel layout `norm` still holds what attention read.
+    Rows& ffn_in = c.norm_layout == NormLayout::parallel ? norm : normed(w.ffn_norm);
+    if (w.experts.empty()) {
+      feed_forward(index, ffn_in);
+    } else {
+      ExpertsStep::Watcher watch_experts;
+      if (watcher)
+        watch_experts = [&](std::string_view part, const float* rows, size_t count, size_t cols) {
+          watcher(fmt::format("blk.{}.{}.weight", index, part), rows, count, cols);
+        };
+      experts->run(pool, w.experts, ffn_in.data(), tokens, branch.data(), watch_experts);
+    }
+    add_branch(w.ffn_post_norm);
+  }
+
+  void feed_forward(size_t index, Rows& in) {
+    const Layer& w = model.layers[index];
+    watch(index, "ffn_gate", in);
+    operand.set(in.data(), tokens, in.cols);
     operand.multiply(pool, {{&w.gate, gate.data(), gate.cols}, {&w.up, up.data(), up.cols}});
-    gate_rows(pool, c.activation, gate.data(), gate.cols, up.data(), up.cols, tokens, gate.cols,
-              hidden.data(), hidden.cols);
+    gate_rows(pool, model.config.activation, gate.data(), gate.cols, up.data(), up.cols, tokens,
+              gate.cols, hidden.data(), hidden.cols);
     watch(index, "ffn_down", hidden);
     operand.set(hidden.data(), tokens, hidden.cols);
     operand.multiply(pool, {{&w.down, branch.data(), branch.cols}});
-    add_branch(w.ffn_post_norm);
   }
 
   // Rows that want logits move to the front of x, are normed and meet the head a few at a time.
@@ -155,7 +189,7 @@ struct Engine::State {
     }
     if (wanted == 0) return;
     tokens = wanted;
-    rms_norm(x, model.final_norm, norm);
+    norm_rows(x, model.final_norm, norm);
     if (watcher) watcher("output.weight", norm.data(), wanted, norm.cols);
     for (size_t first = 0; first < wanted; first += kLogitRows) {
       const size_t count = std::min(kLogitRows, wanted - first);

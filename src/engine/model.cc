@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "base/error.h"
@@ -47,41 +46,53 @@ struct Loader {
                  .cure = "tensors and configuration do not belong together"});
   }
 
-  Vector vector(const std::string& name, size_t size, float offset = 0) const {
+  // All values of a small tensor.
+  Vector values(const std::string& name, const std::vector<size_t>& shape, float offset = 0) const {
     const Tensor& tensor = require(name);
-    check_shape(tensor, {size});
-    Vector values(size);
-    dequantize(tensor.type, tensor.data, values);
+    check_shape(tensor, shape);
+    const size_t cols = shape.back();
+    Vector values(tensor.count());
+    std::vector<std::byte> room;
+    for (size_t r = 0; r < values.size() / cols; ++r)
+      dequantize(tensor.type, files.row(tensor, r, room), std::span(values).subspan(r * cols, cols));
     for (float& value : values) value += offset;
     return values;
   }
   Vector norm(const std::string& name, size_t size) const {
-    return vector(name, size, files.norm_offset);
+    return values(name, {size}, files.norm_offset);
   }
-  Vector optional_vector(const std::string& name, size_t size, bool q_or_k) const {
-    if (files.find(name) == nullptr) return {};
-    const Vector stored = vector(name, size);
-    if (!q_or_k || !files.qk_interleaved) return stored;
+  Vector optional_values(const std::string& name, const std::vector<size_t>& shape) const {
+    return files.find(name) == nullptr ? Vector() : values(name, shape);
+  }
+  Vector bias(const std::string& name, size_t size, bool q_or_k = false) const {
+    const Vector stored = optional_values(name, {size});
+    if (stored.empty() || !q_or_k || !files.qk_interleaved) return stored;
     Vector turned(size);
     for (size_t i = 0; i < size; ++i) turned[i] = stored[interleaved_row(i, files.config.head_dim)];
     return turned;
   }
 
-  Matrix matrix(const std::string& name, size_t rows, size_t cols, bool q_or_k = false) const {
-    const Tensor& tensor = require(name);
-    check_shape(tensor, {rows, cols});
+  // Rows [first, first + rows) of a tensor, whose dimensions but the last count through.
+  struct Part {
+    const Tensor& tensor;
+    size_t first, rows, cols;
+    bool turn = false;  // from adjacent pairs to half-split order
+  };
+  Matrix matrix(const Part& part) const {
+    const Tensor& tensor = part.tensor;
     const Forget forget_when_done{files, tensor};
-    const size_t row_bytes = moru::bytes_of(tensor.type, cols);
-    const bool reorder = q_or_k && files.qk_interleaved;
-    const auto row_data = [&](size_t row) {
-      const size_t stored = reorder ? interleaved_row(row, files.config.head_dim) : row;
-      return tensor.data.subspan(stored * row_bytes, row_bytes);
+    const size_t rows = part.rows, cols = part.cols;
+    const auto stored = [&](size_t row) {
+      return part.first + (part.turn ? interleaved_row(row, files.config.head_dim) : row);
     };
     if (profile == Profile::exact && is_quantized(tensor.type)) {
-      if (!reorder) return {QuantMatrix::pack(pool, tensor.type, rows, cols, tensor.data)};
-      std::vector<std::byte> ordered(rows * row_bytes);
+      const size_t row_bytes = moru::bytes_of(tensor.type, cols);
+      if (!part.turn && !tensor.data.empty())
+        return {QuantMatrix::pack(pool, tensor.type, rows, cols,
+                                  tensor.data.subspan(part.first * row_bytes, rows * row_bytes))};
+      std::vector<std::byte> ordered(rows * row_bytes), room;
       for (size_t r = 0; r < rows; ++r)
-        std::memcpy(&ordered[r * row_bytes], row_data(r).data(), row_bytes);
+        std::memcpy(&ordered[r * row_bytes], files.row(tensor, stored(r), room).data(), row_bytes);
       return {QuantMatrix::pack(pool, tensor.type, rows, cols, ordered)};
     }
     DenseMatrix dense{.type = profile == Profile::bf16 ? DType::bf16 : DType::f32,
@@ -90,82 +101,123 @@ struct Loader {
                       .data = PageBuffer(rows * cols * (profile == Profile::bf16 ? 2 : 4))};
     pool.each((rows + kRowsPerItem - 1) / kRowsPerItem, [&](size_t item) {
       std::vector<float> row(cols);
+      std::vector<std::byte> room;
       for (size_t r = item * kRowsPerItem; r < std::min(rows, (item + 1) * kRowsPerItem); ++r) {
+        const std::span<const std::byte> bytes = files.row(tensor, stored(r), room);
         if (dense.type == DType::f32) {
-          dequantize(tensor.type, row_data(r),
-                     {static_cast<float*>(dense.data.data()) + r * cols, cols});
+          dequantize(tensor.type, bytes, {static_cast<float*>(dense.data.data()) + r * cols, cols});
           continue;
         }
-        dequantize(tensor.type, row_data(r), row);
+        dequantize(tensor.type, bytes, row);
         uint16_t* out = static_cast<uint16_t*>(dense.data.data()) + r * cols;
         for (size_t c = 0; c < cols; ++c) out[c] = bf16_from_f32(row[c]);
       }
     });
     return {std::move(dense)};
   }
+  Matrix matrix(const std::string& name, size_t rows, size_t cols, bool q_or_k = false) const {
+    const Tensor& tensor = require(name);
+    check_shape(tensor, {rows, cols});
+    return matrix(Part{tensor, 0, rows, cols, q_or_k && files.qk_interleaved});
+  }
+
+  // Several matrices that one tensor holds, row after row.
+  void split(const std::string& name, size_t cols,
+             std::initializer_list<std::pair<Matrix*, size_t>> parts) const {
+    const Tensor& tensor = require(name);
+    size_t rows = 0;
+    for (const auto& [to, count] : parts) rows += count;
+    check_shape(tensor, {rows, cols});
+    size_t first = 0;
+    for (const auto& [to, count] : parts) {
+      *to = matrix(Part{tensor, first, count, cols});
+      first += count;
+    }
+  }
+  std::vector<Matrix> experts(const std::string& name, size_t rows, size_t cols) const {
+    const size_t count = files.config.experts.count;
+    const Tensor& tensor = require(name);
+    check_shape(tensor, {count, rows, cols});
+    std::vector<Matrix> each;
+    for (size_t e = 0; e < count; ++e) each.push_back(matrix(Part{tensor, e * rows, rows, cols}));
+    return each;
+  }
 
   Layer layer(size_t index) const {
     const Config& c = files.config;
     const auto name = [&](std::string_view part) { return fmt::format("blk.{}.{}", index, part); };
     Layer l;
-    l.attn_norm = norm(name("attn_norm.weight"), c.width);
-    l.ffn_norm = norm(name("ffn_norm.weight"), c.width);
-    if (c.norm_layout == NormLayout::sandwich) {
-      l.attn_post_norm = norm(name("post_attention_norm.weight"), c.width);
-      l.ffn_post_norm = norm(name("post_ffw_norm.weight"), c.width);
+    norms(name, l);
+    if (files.find(name("attn_qkv.weight")) != nullptr) {
+      split(name("attn_qkv.weight"), c.width,
+            {{&l.q, c.q_width()}, {&l.k, c.kv_width()}, {&l.v, c.kv_width()}});
+    } else {
+      l.q = matrix(name("attn_q.weight"), c.q_width(), c.width, true);
+      l.k = matrix(name("attn_k.weight"), c.kv_width(), c.width, true);
+      l.v = matrix(name("attn_v.weight"), c.kv_width(), c.width);
     }
-    if (c.qk_norm != QkNorm::none) {
-      l.q_norm = norm(name("attn_q_norm.weight"), c.head_dim);
-      l.k_norm = norm(name("attn_k_norm.weight"), c.head_dim);
-    }
-    l.q = matrix(name("attn_q.weight"), c.q_width(), c.width, true);
-    l.k = matrix(name("attn_k.weight"), c.kv_width(), c.width, true);
-    l.v = matrix(name("attn_v.weight"), c.kv_width(), c.width);
     l.attn_out = matrix(name("attn_output.weight"), c.width, c.q_width());
-    l.q_bias = optional_vector(name("attn_q.bias"), c.q_width(), true);
-    l.k_bias = optional_vector(name("attn_k.bias"), c.kv_width(), true);
-    l.v_bias = optional_vector(name("attn_v.bias"), c.kv_width(), false);
-    l.attn_out_bias = optional_vector(name("attn_output.bias"), c.width, false);
-    l.gate = matrix(name("ffn_gate.weight"), c.ffn_width, c.width);
-    l.up = matrix(name("ffn_up.weight"), c.ffn_width, c.width);
+    l.q_bias = bias(name("attn_q.bias"), c.q_width(), true);
+    l.k_bias = bias(name("attn_k.bias"), c.kv_width(), true);
+    l.v_bias = bias(name("attn_v.bias"), c.kv_width());
+    l.attn_out_bias = bias(name("attn_output.bias"), c.width);
+    if (c.attn_sinks) l.sinks = values(name("attn_sinks.weight"), {c.heads});
+    if (c.experts.count != 0 && files.find(name("ffn_gate_inp.weight")) != nullptr) {
+      l.experts = experts_of(name);
+      return l;
+    }
+    if (files.find(name("ffn_gate.weight")) == nullptr) {
+      split(name("ffn_up.weight"), c.width, {{&l.gate, c.ffn_width}, {&l.up, c.ffn_width}});
+    } else {
+      l.gate = matrix(name("ffn_gate.weight"), c.ffn_width, c.width);
+      l.up = matrix(name("ffn_up.weight"), c.ffn_width, c.width);
+    }
     l.down = matrix(name("ffn_down.weight"), c.width, c.ffn_width);
     return l;
   }
-};
 
-// Frequencies as transformers has them: f32 from the powers on, so that long positions turn by the
-// same angles as in training.
-RopeTables make_tables(const RopeConfig& rope, size_t positions) {
-  const size_t half = rope.dims / 2;
-  std::vector<float> frequencies(half);
-  for (size_t i = 0; i < half; ++i) {
-    const double exponent = 2.0 * static_cast<double>(i) / static_cast<double>(rope.dims);
-    float f = static_cast<float>(1.0 / std::pow(double{rope.theta}, exponent));
-    if (rope.scaling == RopeConfig::Scaling::linear) f /= rope.factor;
-    if (rope.scaling == RopeConfig::Scaling::llama3) {
-      // Long waves turn slower by `factor`, short ones as they did, a ramp between.
-      const double wave = 2 * M_PI / double{f};
-      const double turns = static_cast<double>(rope.original_context) / wave;
-      const double ramp = std::clamp((turns - double{rope.low_freq_factor}) /
-                                         double{rope.high_freq_factor - rope.low_freq_factor},
-                                     0.0, 1.0);
-      f = static_cast<float>(double{f} * ((1 - ramp) / double{rope.factor} + ramp));
+  template <typename Name>
+  void norms(const Name& name, Layer& l) const {
+    const Config& c = files.config;
+    const NormLayout layout = c.norm_layout;
+    if (layout != NormLayout::post) l.attn_norm = norm(name("attn_norm.weight"), c.width);
+    if (layout == NormLayout::pre || layout == NormLayout::sandwich) {
+      // gpt-oss's files name the norm between the halves by the half before it.
+      const bool between = files.find(name("ffn_norm.weight")) == nullptr &&
+                           layout == NormLayout::pre;
+      l.ffn_norm = norm(name(between ? "post_attention_norm.weight" : "ffn_norm.weight"), c.width);
     }
-    if (!rope.divisors.empty()) f /= rope.divisors[i];
-    frequencies[i] = f;
-  }
-  RopeTables tables{.cosines = std::vector<float>(positions * half),
-                    .sines = std::vector<float>(positions * half),
-                    .dims = rope.dims};
-  for (size_t p = 0; p < positions; ++p) {
-    for (size_t i = 0; i < half; ++i) {
-      const float angle = static_cast<float>(p) * frequencies[i];
-      tables.cosines[p * half + i] = static_cast<float>(std::cos(double{angle}));
-      tables.sines[p * half + i] = static_cast<float>(std::sin(double{angle}));
+    if (layout == NormLayout::post || layout == NormLayout::sandwich) {
+      l.attn_post_norm = norm(name("post_attention_norm.weight"), c.width);
+      l.ffn_post_norm = norm(name("post_ffw_norm.weight"), c.width);
     }
+    if (c.qk_norm == QkNorm::none) return;
+    const bool whole = c.qk_norm == QkNorm::rms_whole_before_rope;
+    l.q_norm = norm(name("attn_q_norm.weight"), whole ? c.q_width() : c.head_dim);
+    l.k_norm = norm(name("attn_k_norm.weight"), whole ? c.kv_width() : c.head_dim);
   }
-  return tables;
-}
+
+  template <typename Name>
+  Experts experts_of(const Name& name) const {
+    const Config& c = files.config;
+    const size_t count = c.experts.count, width = c.experts.width, shared = c.experts.shared_width;
+    Experts e;
+    e.router = values(name("ffn_gate_inp.weight"), {count, c.width});
+    e.router_bias = optional_values(name("ffn_gate_inp.bias"), {count});
+    e.gate = experts(name("ffn_gate_exps.weight"), width, c.width);
+    e.up = experts(name("ffn_up_exps.weight"), width, c.width);
+    e.down = experts(name("ffn_down_exps.weight"), c.width, width);
+    e.gate_bias = optional_values(name("ffn_gate_exps.bias"), {count, width});
+    e.up_bias = optional_values(name("ffn_up_exps.bias"), {count, width});
+    e.down_bias = optional_values(name("ffn_down_exps.bias"), {count, c.width});
+    if (shared == 0) return e;
+    e.shared_gate = matrix(name("ffn_gate_shexp.weight"), shared, c.width);
+    e.shared_up = matrix(name("ffn_up_shexp.weight"), shared, c.width);
+    e.shared_down = matrix(name("ffn_down_shexp.weight"), c.width, shared);
+    e.shared_router = optional_values(name("ffn_gate_inp_shexp.weight"), {c.width});
+    return e;
+  }
+};
 
 Profile default_profile(const ModelFiles& files) {
   bool any_quantized = false, any_half = false;
@@ -204,9 +256,14 @@ void Matrix::read_rows(size_t first, size_t count, float* out) const {
 
 size_t Model::weight_bytes() const {
   size_t total = embedding.bytes() + head.bytes();
-  for (const Layer& l : layers)
-    for (const Matrix* m : {&l.q, &l.k, &l.v, &l.attn_out, &l.gate, &l.up, &l.down})
+  for (const Layer& l : layers) {
+    const Experts& e = l.experts;
+    for (const Matrix* m : {&l.q, &l.k, &l.v, &l.attn_out, &l.gate, &l.up, &l.down, &e.shared_gate,
+                            &e.shared_up, &e.shared_down})
       total += m->bytes();
+    for (const auto* matrices : {&e.gate, &e.up, &e.down})
+      for (const Matrix& m : *matrices) total += m.bytes();
+  }
   return total;
 }
 
@@ -221,11 +278,13 @@ Model load_model(Pool& pool, const ModelFiles& files, const LoadOptions& options
   for (size_t i = 0; i < c.layers; ++i) model.layers.push_back(load.layer(i));
   model.final_norm = load.norm("output_norm.weight", c.width);
   if (!c.tied_head) model.head = load.matrix("output.weight", c.vocab, c.width);
-  const size_t positions =
-      options.context != 0 ? options.context : std::min(c.context, kMaxPrepared);
+  // Longrope's short factors, which are the better ones, serve as far as they reach.
+  const bool is_long = c.rope.scaling == RopeConfig::Scaling::longrope;
+  const size_t usual = std::min(is_long ? c.rope.original_context : c.context, kMaxPrepared);
+  const size_t positions = options.context != 0 ? options.context : usual;
   model.config.context = positions;
-  model.rope = make_tables(c.rope, positions);
-  if (c.window != 0) model.local_rope = make_tables(c.local_rope, positions);
+  model.rope = make_rope_tables(c.rope, positions);
+  if (c.window != 0) model.local_rope = make_rope_tables(c.local_rope, positions);
   return model;
 }
 

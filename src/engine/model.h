@@ -12,6 +12,7 @@
 #include "engine/config.h"
 #include "engine/model_files.h"
 #include "engine/quant_matrix.h"
+#include "engine/rope.h"
 #include "formats/dtype.h"
 
 namespace moru {
@@ -49,20 +50,27 @@ struct Matrix {
 
 using Vector = std::vector<float>;  // a norm's gain or a bias; empty where there is none
 
-// One decoder block. Rows of q and k stand in half-split order whatever the file's order was.
-struct Layer {
-  Vector attn_norm, ffn_norm;
-  Vector attn_post_norm, ffn_post_norm;  // sandwich
-  Matrix q, k, v, attn_out;
-  Vector q_bias, k_bias, v_bias, attn_out_bias;
-  Vector q_norm, k_norm;  // per head, [head_dim]
-  Matrix gate, up, down;
+// The experts of one layer (engine/moe.h).
+struct Experts {
+  std::vector<float> router;  // [experts, width]
+  Vector router_bias;         // [experts]
+  std::vector<Matrix> gate, up, down;    // by expert
+  Vector gate_bias, up_bias, down_bias;  // [experts, …]
+  Matrix shared_gate, shared_up, shared_down;
+  Vector shared_router;  // [width]: how much of the shared expert, before the sigmoid
+  bool empty() const { return router.empty(); }
 };
 
-struct RopeTables {
-  std::vector<float> cosines, sines;  // [positions, dims / 2]
-  size_t dims = 0;
-  RopeTable view() const { return {cosines.data(), sines.data(), dims}; }
+// One decoder block. Rows of q and k stand in half-split order whatever the file's order was.
+struct Layer {
+  Vector attn_norm, ffn_norm;            // empty where the layout has none
+  Vector attn_post_norm, ffn_post_norm;  // likewise
+  Matrix q, k, v, attn_out;
+  Vector q_bias, k_bias, v_bias, attn_out_bias;
+  Vector q_norm, k_norm;  // [head_dim] of each head, or of all together
+  Vector sinks;           // [heads]
+  Matrix gate, up, down;  // empty where there are experts
+  Experts experts;
 };
 
 struct Model {

@@ -7,7 +7,7 @@
 
 #include "base/error.h"
 #include "base/files.h"
-#include "engine/families.h"
+#include "engine/rope.h"
 
 namespace moru {
 namespace {
@@ -63,15 +63,22 @@ std::optional<ChatTemplate> folder_template(const fs::path& folder) {
   return std::nullopt;
 }
 
+std::vector<float> floats_of(const GgufFile& file, std::string_view name) {
+  const Tensor* tensor = file.find(name);
+  if (tensor == nullptr) return {};
+  std::vector<float> values(tensor->count());
+  dequantize(tensor->type, tensor->data, values);
+  return values;
+}
+
 ModelFiles open_gguf(const fs::path& path) {
   GgufFile file(path);
   const Family& family = family_of_gguf(file.metadata());
-  Config config = config_of_gguf(family, file.metadata());
+  Config config = config_of_gguf(family, file.metadata(),
+                                 {.all = floats_of(file, "rope_freqs.weight"),
+                                  .short_context = floats_of(file, "rope_factors_short.weight"),
+                                  .long_context = floats_of(file, "rope_factors_long.weight")});
   config.tied_head = file.find("output.weight") == nullptr;
-  if (const Tensor* divisors = file.find("rope_freqs.weight")) {
-    config.rope.divisors.resize(divisors->count());
-    dequantize(divisors->type, divisors->data, config.rope.divisors);
-  }
   Tokenizer tokenizer = Tokenizer::from_gguf(file.metadata());
   std::optional<ChatTemplate> chat;
   if (const auto source = file.metadata().text("tokenizer.chat_template"))
@@ -79,15 +86,31 @@ ModelFiles open_gguf(const fs::path& path) {
   std::vector<TokenId> stops = tokenizer.stop_ids();
   unite(stops, {});
   ModelFiles files{.path = path,
+                   .family = &family,
                    .config = std::move(config),
                    .tokenizer = std::move(tokenizer),
                    .chat_template = std::move(chat),
                    .stop_ids = std::move(stops),
-                   .qk_interleaved = interleaves_qk(family),
+                   .qk_interleaved = gguf_interleaves_qk(family),
                    .metadata = file.metadata(),
                    .tensors = {file.tensors().begin(), file.tensors().end()}};
   files.gguf = std::move(file);
   return files;
+}
+
+// Tensors of a GGUF that say what a folder's config.json says.
+void add_rope_factors(ModelFiles& files) {
+  const auto add = [&](const char* name, std::vector<float> values) {
+    const std::vector<float>& kept = files.made.emplace_back(std::move(values));
+    files.tensors.push_back({name, DType::f32, {kept.size()}, std::as_bytes(std::span(kept))});
+    files.assemblies.emplace_back();
+  };
+  const RopeConfig& rope = files.config.rope;
+  if (rope.scaling == RopeConfig::Scaling::llama3) add("rope_freqs.weight", llama3_divisors(rope));
+  if (rope.scaling == RopeConfig::Scaling::longrope) {
+    add("rope_factors_long.weight", rope.long_divisors);
+    add("rope_factors_short.weight", rope.divisors);
+  }
 }
 
 ModelFiles open_folder(const fs::path& folder) {
@@ -101,22 +124,22 @@ ModelFiles open_folder(const fs::path& folder) {
   Tokenizer tokenizer = Tokenizer::from_folder(folder);
 
   ModelFiles files{.path = folder,
+                   .family = &family,
                    .config = config,
                    .tokenizer = std::move(tokenizer),
                    .chat_template = folder_template(folder),
+                   .qk_interleaved = folder_interleaves_qk(family),
                    .norm_offset = norm_offset_of(family)};
-  for (const Tensor* tensor : tensors.tensors()) {
-    const std::string name = gguf_name_of(family, tensor->name);
-    if (name.empty()) {
-      files.unmatched.push_back(tensor->name);
-      continue;
-    }
-    files.tensors.push_back(*tensor);
-    files.tensors.back().name = name;
+  files.folder = std::move(tensors);
+  FolderTensors matched = match_folder_tensors(family, config, *files.folder);
+  for (size_t i = 0; i < matched.tensors.size(); ++i) {
+    // A tied head is often stored twice; one copy counts.
+    if (config.tied_head && matched.tensors[i].name == "output.weight") continue;
+    files.tensors.push_back(std::move(matched.tensors[i]));
+    files.assemblies.push_back(std::move(matched.assemblies[i]));
   }
-  // A tied head is often stored twice; one copy counts.
-  if (config.tied_head)
-    std::erase_if(files.tensors, [](const Tensor& t) { return t.name == "output.weight"; });
+  files.unmatched = std::move(matched.unmatched);
+  add_rope_factors(files);
   add_stop_ids(files.stop_ids, json, config.vocab);
   if (const fs::path path = folder / "generation_config.json"; fs::exists(path))
     add_stop_ids(files.stop_ids, read_json(path), config.vocab);
@@ -129,7 +152,6 @@ ModelFiles open_folder(const fs::path& folder) {
     files.metadata.set(pair.key, std::move(pair.value));
   if (files.chat_template)
     files.metadata.set("tokenizer.chat_template", GgufScalar{files.chat_template->source()});
-  files.folder = std::move(tensors);
   return files;
 }
 
@@ -144,6 +166,22 @@ const Tensor* ModelFiles::find(std::string_view name) const {
   const auto found =
       std::find_if(tensors.begin(), tensors.end(), [&](const Tensor& t) { return t.name == name; });
   return found == tensors.end() ? nullptr : &*found;
+}
+
+std::span<const std::byte> ModelFiles::row(const Tensor& tensor, size_t row,
+                                           std::vector<std::byte>& room) const {
+  if (tensor.data.empty()) {
+    const auto index = static_cast<size_t>(&tensor - tensors.data());
+    MORU_CHECK(index < assemblies.size() && assemblies[index] != nullptr);
+    return assembled_row(*assemblies[index], row, room);
+  }
+  const size_t bytes = bytes_of(tensor.type, tensor.shape.back());
+  return tensor.data.subspan(row * bytes, bytes);
+}
+
+bool is_query_or_key(std::string_view name) {
+  return name.find(".attn_q.") != std::string_view::npos ||
+         name.find(".attn_k.") != std::string_view::npos;
 }
 
 ModelFiles open_model(const fs::path& path) {

@@ -41,7 +41,25 @@ T* scratch(size_t count) {
   return memory.data();
 }
 
-bool is_gelu(Activation act) { return act == Activation::gelu_tanh; }
+bool is_gelu(Activation act) {
+  MORU_DCHECK(act != Activation::swiglu_oai);
+  return act == Activation::gelu_tanh;
+}
+
+// swiglu_oai by way of silu: (u + 1) / 1.702 · silu(1.702 g).
+void gate_oai(const float* gate, const float* up, size_t n, float* h) {
+  constexpr size_t kChunk = 512;
+  constexpr float kLimit = 7, kAlpha = 1.702f;
+  float g[kChunk], u[kChunk];
+  for (size_t at = 0; at < n; at += kChunk) {
+    const size_t count = std::min(kChunk, n - at);
+    for (size_t i = 0; i < count; ++i) {
+      g[i] = std::min(gate[at + i], kLimit) * kAlpha;
+      u[i] = (std::clamp(up[at + i], -kLimit, kLimit) + 1) / kAlpha;
+    }
+    float_kernels().gate(false, g, u, count, h + at);
+  }
+}
 
 // What one chunk of a row's logits contributes: its maximum and Σ exp(x − maximum).
 struct ChunkSum {
@@ -66,6 +84,22 @@ void rms_norm_rows(Pool& pool, const float* x, size_t ldx, size_t m, size_t n, c
   each_rows(pool, m, n, [&](size_t row, size_t count) {
     float_kernels().rms_norm(x + row * ldx, ldx, count, n, w, eps, y + row * ldy, ldy,
                              inverse_rms == nullptr ? nullptr : inverse_rms + row);
+  });
+}
+
+void layer_norm_rows(Pool& pool, const float* x, size_t ldx, size_t m, size_t n, const float* w,
+                     float eps, float* y, size_t ldy, float* inverse_rms) {
+  MORU_CHECK(inverse_rms == nullptr);
+  each_rows(pool, m, n, [&](size_t first, size_t count) {
+    for (size_t row = first; row < first + count; ++row) {
+      const float* from = x + row * ldx;
+      float* to = y + row * ldy;
+      double sum = 0;
+      for (size_t i = 0; i < n; ++i) sum += double{from[i]};
+      const auto mean = static_cast<float>(sum / static_cast<double>(n));
+      for (size_t i = 0; i < n; ++i) to[i] = from[i] - mean;
+      float_kernels().rms_norm(to, ldy, 1, n, w, eps, to, ldy, nullptr);
+    }
   });
 }
 
@@ -111,8 +145,12 @@ void rope_rows(Pool& pool, const RopeTable& table, std::span<const int32_t> posi
 void gate_rows(Pool& pool, Activation act, const float* gate, size_t ldg, const float* up,
                size_t ldu, size_t m, size_t n, float* h, size_t ldh) {
   each_rows(pool, m, n, [&](size_t first, size_t count) {
-    for (size_t row = first; row < first + count; ++row)
-      float_kernels().gate(is_gelu(act), gate + row * ldg, up + row * ldu, n, h + row * ldh);
+    for (size_t row = first; row < first + count; ++row) {
+      if (act == Activation::swiglu_oai)
+        gate_oai(gate + row * ldg, up + row * ldu, n, h + row * ldh);
+      else
+        float_kernels().gate(is_gelu(act), gate + row * ldg, up + row * ldu, n, h + row * ldh);
+    }
   });
 }
 

@@ -24,6 +24,9 @@ void rms_norm_rows(Pool& pool, const float* x, size_t ldx, size_t m, size_t n, c
 // The same with y rounded to bf16, as the float profile's products want it.
 void rms_norm_rows_bf16(Pool& pool, const float* x, size_t ldx, size_t m, size_t n, const float* w,
                         float eps, uint16_t* y, size_t ldy, float* inverse_rms = nullptr);
+// The same of x − mean(x): LayerNorm without bias, arXiv:1607.06450. inverse_rms must be null.
+void layer_norm_rows(Pool& pool, const float* x, size_t ldx, size_t m, size_t n, const float* w,
+                     float eps, float* y, size_t ldy, float* inverse_rms = nullptr);
 // dx += the gradient through the norm: with g = dy · w, r = inverse_rms,
 //   dx[i] += r · (g[i] − x[i] · r² · mean(g · x)).
 // dw: [n] or null; dw += Σ over rows of dy · x · r, in fixed tiles of 64 rows.
@@ -42,9 +45,10 @@ struct RopeTable {
 void rope_rows(Pool& pool, const RopeTable& table, std::span<const int32_t> positions, float* x,
                size_t ldx, size_t heads, size_t head_dim, bool inverse = false);
 
-// h = act(gate) · up; [m, n] each. The backward writes d_gate and d_up (either may alias its
-// forward value) from dh.
-enum class Activation { silu, gelu_tanh };
+// h = act(gate) · up; [m, n] each, h may be gate. The backward writes d_gate and d_up (either may
+// alias its forward value) from dh. swiglu_oai, forward in f32 alone, is
+//   (u + 1) · g · σ(1.702 g), g = min(gate, 7), u = up within ±7.
+enum class Activation { silu, gelu_tanh, swiglu_oai };
 void gate_rows(Pool& pool, Activation act, const float* gate, size_t ldg, const float* up,
                size_t ldu, size_t m, size_t n, float* h, size_t ldh);
 void gate_rows_bf16(Pool& pool, Activation act, const uint16_t* gate, const uint16_t* up, size_t m,

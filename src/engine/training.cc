@@ -38,6 +38,26 @@ size_t largest_group_rank(const Lora& lora) {
   return largest;
 }
 
+// What the backward pass does not have, by the flag's name.
+void refuse_untrainable(const Config& c) {
+  const std::pair<bool, std::string_view> flags[] = {
+      {c.experts.count != 0, "experts"},
+      {c.attn_sinks, "attention sinks"},
+      {c.norm == NormKind::layer, "LayerNorm"},
+      {c.norm_layout == NormLayout::parallel, "parallel blocks"},
+      {c.norm_layout == NormLayout::post, "norms after the sub-layers alone"},
+      {c.qk_norm == QkNorm::rms_after_rope, "norms of queries and keys after rotation"},
+      {c.qk_norm == QkNorm::rms_whole_before_rope, "norms over all heads"},
+  };
+  for (const auto& [present, name] : flags)
+    if (present)
+      throw Error(ErrorKind::unsupported,
+                  {.where = "training",
+                   .what = fmt::format("{} has {}, which cannot be trained yet", c.family, name),
+                   .cure = "tune a model of llama, mistral, qwen2, qwen3, gemma, phi3, granite or "
+                           "hyperclovax"});
+}
+
 // Weights unpacked at a time where they are not stored in the core's precision: the head is taken
 // in stripes of so many, everything else whole.
 constexpr size_t kUnpackedMin = size_t{8} << 20;
@@ -272,6 +292,7 @@ namespace {
 
 void prepare(LoraTraining::State& s, const Model& model, const Lora& lora,
              const TrainingOptions& options) {
+  refuse_untrainable(model.config);
   // Only refresh() writes to the model, which a plan never calls.
   s.model = const_cast<Model*>(&model);
   s.lora = &lora;

@@ -110,9 +110,11 @@ void unfinish_qkv(LoraTraining::State& s, size_t layer, const Kept& kept) {
   const Layer& w = s.model->layers[layer];
   const size_t t = s.tokens, h = c.head_dim;
   const Qkv<float> d = split_qkv(s, s.scratch.d_qkv);
-  const RopeTable rope = s.model->rope_of(layer).view();
-  rope_rows(*s.pool, rope, s.positions, d.q, c.q_width(), c.heads, h, true);
-  rope_rows(*s.pool, rope, s.positions, d.k, c.kv_width(), c.kv_heads, h, true);
+  if (c.rotates(layer)) {
+    const RopeTable rope = s.model->rope_of(layer).view();
+    rope_rows(*s.pool, rope, s.positions, d.q, c.q_width(), c.heads, h, true);
+    rope_rows(*s.pool, rope, s.positions, d.k, c.kv_width(), c.kv_heads, h, true);
+  }
   float* by_projected = s.scratch.d_qkv;
   if (c.qk_norm == QkNorm::rms_before_rope) {
     load(*s.pool, kept.qkv, t * s.qkv_width(), s.scratch.qkv);

@@ -86,6 +86,7 @@ void finish_qkv(LoraTraining::State& s, size_t layer, const Kept& kept) {
     rms_norm_rows(*s.pool, x.k, h, t * c.kv_heads, h, w.k_norm.data(), c.norm_eps, x.k, h,
                   s.scratch.rms_k);
   }
+  if (!c.rotates(layer)) return;
   const RopeTable rope = s.model->rope_of(layer).view();
   rope_rows(*s.pool, rope, s.positions, x.q, c.q_width(), c.heads, h);
   rope_rows(*s.pool, rope, s.positions, x.k, c.kv_width(), c.kv_heads, h);

@@ -27,6 +27,7 @@ struct DTypeRow {
 constexpr DTypeRow kDTypes[] = {
     {"I64", DType::i64},   {"F64", DType::f64}, {"F32", DType::f32}, {"I32", DType::i32},
     {"BF16", DType::bf16}, {"F16", DType::f16}, {"I16", DType::i16}, {"I8", DType::i8},
+    {"U8", DType::i8},  // bytes that someone packed; written as I8
 };
 
 const DTypeRow& row_of(DType type) {

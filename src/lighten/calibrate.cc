@@ -10,10 +10,13 @@ namespace moru {
 namespace {
 
 // Weights that meet the same input as the one that the engine names.
-constexpr std::array<std::array<std::string_view, 2>, 3> kSharedInputs = {{
+constexpr std::array<std::array<std::string_view, 2>, 6> kSharedInputs = {{
     {".attn_q.weight", ".attn_k.weight"},
     {".attn_q.weight", ".attn_v.weight"},
+    {".attn_q.weight", ".attn_qkv.weight"},
     {".ffn_gate.weight", ".ffn_up.weight"},
+    {".ffn_gate_exps.weight", ".ffn_up_exps.weight"},
+    {".ffn_gate_shexp.weight", ".ffn_up_shexp.weight"},
 }};
 
 // Tokens at the end of a sequence whose final state is counted for the head: the head is the
@@ -59,7 +62,9 @@ Importance collect_importance(Engine& engine, std::span<const std::vector<TokenI
   std::vector<bool> first_rows;  // rows of the step that open a sequence
   std::vector<bool> none;
   engine.watch_inputs([&](std::string_view weight, const float* x, size_t rows, size_t cols) {
-    sums.add(engine.pool(), weight, x, rows, cols, weight == "output.weight" ? none : first_rows);
+    // Rows of an expert are those of the tokens that chose it.
+    const bool in_order = weight != "output.weight" && weight.find("_exps.") == weight.npos;
+    sums.add(engine.pool(), weight, x, rows, cols, in_order ? first_rows : none);
   });
   size_t done = 0, counted = 0, head_rows = 0;
   const size_t longest = std::min(engine.step_tokens(), engine.model().config.context);
@@ -106,8 +111,9 @@ Importance collect_importance(Engine& engine, std::span<const std::vector<TokenI
   for (size_t i = 0; i < engine.model().layers.size(); ++i) {
     const std::string block = "blk." + std::to_string(i);
     for (const auto& [from, to] : kSharedInputs)
-      importance.mean_square[block + std::string(to)] =
-          importance.mean_square[block + std::string(from)];
+      if (const auto found = importance.mean_square.find(block + std::string(from));
+          found != importance.mean_square.end())
+        importance.mean_square[block + std::string(to)] = found->second;
   }
   if (engine.model().config.tied_head)
     importance.mean_square["token_embd.weight"] = importance.mean_square["output.weight"];

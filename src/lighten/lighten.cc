@@ -23,7 +23,7 @@ struct Encoder {
   std::vector<std::byte> encode(const Tensor& tensor, DType type,
                                 std::span<const float> importance) const {
     const size_t cols = tensor.shape.back(), rows = tensor.count() / cols;
-    const size_t in_bytes = bytes_of(tensor.type, cols), out_bytes = bytes_of(type, cols);
+    const size_t out_bytes = bytes_of(type, cols);
     const bool reorder = gguf_interleaves && !files.qk_interleaved && is_query_or_key(tensor.name);
     const float offset = is_norm(tensor.name) ? files.norm_offset : 0;
     // Vectors of q and k (biases) are reordered value by value.
@@ -31,8 +31,9 @@ struct Encoder {
     std::vector<std::byte> out(rows * out_bytes);
     pool.each((rows + kRowsPerItem - 1) / kRowsPerItem, [&](size_t item) {
       std::vector<float> row(cols);
+      std::vector<std::byte> room;
       for (size_t r = item * kRowsPerItem; r < std::min(rows, (item + 1) * kRowsPerItem); ++r) {
-        dequantize(tensor.type, tensor.data.subspan(r * in_bytes, in_bytes), row);
+        dequantize(tensor.type, files.row(tensor, r, room), row);
         for (float& value : row) value += offset;
         if (reorder && rows == 1) {
           const std::vector<float> stored = row;
@@ -54,10 +55,6 @@ struct Encoder {
   }
 
   static bool is_norm(std::string_view name) { return name.ends_with("norm.weight"); }
-  static bool is_query_or_key(std::string_view name) {
-    return name.find(".attn_q.") != std::string_view::npos ||
-           name.find(".attn_k.") != std::string_view::npos;
-  }
 };
 
 }  // namespace
@@ -77,6 +74,7 @@ LightenResult lighten_model(Pool& pool, const ModelFiles& files, const Preset& p
   const Plan plan = plan_preset(preset, files.tensors,
                                 {.heads = files.config.heads,
                                  .kv_heads = files.config.kv_heads,
+                                 .experts = files.config.experts.count,
                                  .calibrated = options.importance != nullptr});
   GgufMetadata metadata = files.metadata;
   metadata.set("general.file_type", GgufScalar{preset.file_type});
@@ -85,7 +83,7 @@ LightenResult lighten_model(Pool& pool, const ModelFiles& files, const Preset& p
     metadata.set("moru.quantize.calibration_tokens",
                  GgufScalar{static_cast<uint32_t>(options.importance->tokens)});
 
-  const Encoder encoder{pool, files, interleaves_qk(family_of_gguf(metadata))};
+  const Encoder encoder{pool, files, gguf_interleaves_qk(*files.family)};
   LightenResult result{.notes = plan.notes};
   std::vector<std::vector<std::byte>> data;
   std::vector<Tensor> tensors;

@@ -230,8 +230,10 @@ Plan plan_preset(const Preset& preset, std::span<const Tensor> tensors, const Pl
     const Kind kind = kind_of(t);
     const size_t i = seen[kind]++;
     if (kind == Kind::kept) {
-      // Norms and biases are read in f32 by every engine; the rest stays as it is.
-      const bool plain = t.shape.size() < 2 && is_float(t.type);
+      // Norms, biases and routers are read in f32 by every engine; the rest stays as it is.
+      const bool small = t.shape.size() < 2 || t.name.ends_with(".bias") ||
+                         t.name.ends_with("ffn_gate_inp.weight");
+      const bool plain = small && is_float(t.type);
       plan.tensors.push_back({t.name, plain ? DType::f32 : t.type, "never quantized"});
       continue;
     }

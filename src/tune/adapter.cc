@@ -54,19 +54,25 @@ std::optional<Place> place_of_module(std::string_view module) {
   return std::nullopt;
 }
 
-// "blk.3.attn_q.weight"
-std::optional<Place> place_of_gguf_name(std::string_view name) {
-  constexpr std::string_view kBlock = "blk.", kWeight = ".weight";
-  if (!name.starts_with(kBlock) || !name.ends_with(kWeight)) return std::nullopt;
+// The layer of "blk.3.attn_qkv.weight", if that is the block's tensor `part`.
+std::optional<size_t> layer_of_gguf_name(std::string_view name, std::string_view part) {
+  constexpr std::string_view kBlock = "blk.";
+  if (!name.starts_with(kBlock)) return std::nullopt;
   name.remove_prefix(kBlock.size());
-  name.remove_suffix(kWeight.size());
   size_t layer = 0;
   const auto [end, failed] = std::from_chars(name.data(), name.data() + name.size(), layer);
   const auto digits = static_cast<size_t>(end - name.data());
   if (failed != std::errc{} || digits >= name.size() || name[digits] != '.') return std::nullopt;
-  for (size_t p = 0; p < kProjections; ++p)
-    if (traits(static_cast<Projection>(p)).gguf == name.substr(digits + 1))
-      return Place{layer, static_cast<Projection>(p)};
+  return name.substr(digits + 1) == part ? std::optional(layer) : std::nullopt;
+}
+
+// "blk.3.attn_q.weight"
+std::optional<Place> place_of_gguf_name(std::string_view name) {
+  for (size_t p = 0; p < kProjections; ++p) {
+    const auto projection = static_cast<Projection>(p);
+    const std::string part = fmt::format("{}.weight", traits(projection).gguf);
+    if (const auto layer = layer_of_gguf_name(name, part)) return Place{*layer, projection};
+  }
   return std::nullopt;
 }
 
@@ -139,12 +145,6 @@ void copy_values(const Tensor& tensor, std::span<float> out) {
 size_t half_split_row(size_t row, size_t head_dim) {
   const size_t head = row / head_dim, at = row % head_dim;
   return head * head_dim + at / 2 + (at % 2) * (head_dim / 2);
-}
-
-// Whether rows of this tensor turn with the rotary pairs: q and k, weights and biases.
-bool is_q_or_k(std::string_view name) {
-  return name.find(".attn_q.") != std::string_view::npos ||
-         name.find(".attn_k.") != std::string_view::npos;
 }
 
 }  // namespace
@@ -303,37 +303,85 @@ void write_peft_adapter(const std::filesystem::path& folder, const Lora& lora,
   write_file(folder / kConfigName, j.dump(2) + "\n");
 }
 
-void merged_values(const ModelFiles& files, const Lora& lora, const Tensor& tensor,
-                   std::span<float> out) {
-  if (const WholeWeight* whole = lora.find_whole(tensor.name)) {
-    const std::span<const float> learnt = lora.of(*whole);
-    MORU_CHECK(out.size() == learnt.size());
-    const bool turned = files.qk_interleaved && is_q_or_k(tensor.name);
-    const bool norm = tensor.name.ends_with("norm.weight");
-    const size_t rows = tensor.shape[0], cols = out.size() / rows;
-    for (size_t row = 0; row < rows; ++row) {
-      const size_t from = turned ? half_split_row(row, files.config.head_dim) : row;
-      for (size_t i = 0; i < cols; ++i)
-        out[row * cols + i] = learnt[from * cols + i] - (norm ? files.norm_offset : 0);
-    }
-    return;
+namespace {
+
+// A projection whose rows stand in a tensor from row `first` on.
+struct Stored {
+  Projection projection;
+  size_t first;
+};
+struct StoredPlaces {
+  size_t layer = 0;
+  std::vector<Stored> projections;
+};
+// What of a GGUF's tensor adapters change: one projection, or several that it holds row after row.
+StoredPlaces places_of_tensor(const Tensor& tensor, const Config& c) {
+  StoredPlaces places;
+  if (const auto place = place_of_gguf_name(tensor.name)) {
+    places.layer = place->layer;
+    if (place->projection == Projection::up && tensor.shape[0] == 2 * c.ffn_width)
+      places.projections = {{Projection::gate, 0}, {Projection::up, c.ffn_width}};
+    else
+      places.projections = {{place->projection, 0}};
+  } else if (const auto layer = layer_of_gguf_name(tensor.name, "attn_qkv.weight")) {
+    places.layer = *layer;
+    places.projections = {{Projection::q, 0},
+                          {Projection::k, c.q_width()},
+                          {Projection::v, c.q_width() + c.kv_width()}};
   }
-  dequantize(tensor.type, tensor.data, out);
-  const auto place = place_of_gguf_name(tensor.name);
-  if (!place) return;
-  const LoraPair& pair = lora.layers.at(place->layer)[static_cast<size_t>(place->projection)];
-  if (pair.rank == 0) return;
-  MORU_CHECK(out.size() == pair.in * pair.out);
-  const bool turned = files.qk_interleaved && place->projection <= Projection::k;
+  return places;
+}
+
+// w [out, in] += s · B·A, its rows in the file's order.
+void add_product(const Lora& lora, const LoraPair& pair, bool turned, size_t head_dim, float* w) {
   const std::span<const float> a = lora.a(pair), b = lora.b(pair);
   for (size_t row = 0; row < pair.out; ++row) {
-    const size_t from = turned ? half_split_row(row, files.config.head_dim) : row;
-    float* w = out.data() + row * pair.in;
+    const size_t from = turned ? half_split_row(row, head_dim) : row;
     for (size_t i = 0; i < pair.rank; ++i) {
       const float factor = pair.scale * b[from * pair.rank + i];
       const float* line = a.data() + i * pair.in;
-      for (size_t j = 0; j < pair.in; ++j) w[j] += factor * line[j];
+      for (size_t j = 0; j < pair.in; ++j) w[row * pair.in + j] += factor * line[j];
     }
+  }
+}
+
+}  // namespace
+
+void merged_values(const ModelFiles& files, const Lora& lora, const Tensor& tensor,
+                   std::span<float> out) {
+  const StoredPlaces places = places_of_tensor(tensor, files.config);
+  const bool fused = places.projections.size() > 1;
+  if (const WholeWeight* whole = lora.find_whole(tensor.name); whole != nullptr && !fused) {
+    const std::span<const float> learnt = lora.of(*whole);
+    MORU_CHECK(out.size() == learnt.size());
+    const bool turned = files.qk_interleaved && is_query_or_key(tensor.name);
+    const bool norm = tensor.name.ends_with("norm.weight");
+    const size_t rows = tensor.shape[0], width = out.size() / rows;
+    for (size_t row = 0; row < rows; ++row) {
+      const size_t from = turned ? half_split_row(row, files.config.head_dim) : row;
+      for (size_t i = 0; i < width; ++i)
+        out[row * width + i] = learnt[from * width + i] - (norm ? files.norm_offset : 0);
+    }
+    return;
+  }
+  const size_t cols = tensor.shape.back();
+  std::vector<std::byte> room;
+  for (size_t row = 0; row < out.size() / cols; ++row)
+    dequantize(tensor.type, files.row(tensor, row, room), out.subspan(row * cols, cols));
+  for (const auto [projection, first] : places.projections) {
+    // A projection that learnt whole is its rows of a tensor that holds several.
+    const std::string name =
+        fmt::format("blk.{}.{}.weight", places.layer, traits(projection).gguf);
+    if (const WholeWeight* whole = lora.find_whole(name); whole != nullptr && fused) {
+      const std::span<const float> learnt = lora.of(*whole);
+      MORU_CHECK(first * cols + learnt.size() <= out.size());
+      std::copy(learnt.begin(), learnt.end(), out.begin() + static_cast<std::ptrdiff_t>(first * cols));
+    }
+    const LoraPair& pair = lora.layers.at(places.layer)[static_cast<size_t>(projection)];
+    if (pair.rank == 0) continue;
+    MORU_CHECK(pair.in == cols && (first + pair.out) * cols <= out.size());
+    add_product(lora, pair, files.qk_interleaved && projection <= Projection::k,
+                files.config.head_dim, &out[first * cols]);
   }
 }
 
@@ -398,14 +446,14 @@ void interleave_rows(std::vector<float>& values, size_t rows, size_t head_dim) {
 
 void write_merged_gguf(const std::filesystem::path& path, const ModelFiles& files, const Lora& lora,
                        DType type) {
-  const bool turn = !files.qk_interleaved && interleaves_qk(family_of_gguf(files.metadata));
+  const bool turn = !files.qk_interleaved && gguf_interleaves_qk(*files.family);
   Spill spill(path);
   std::vector<float> values;
   for (const Tensor& tensor : files.tensors) {
     values.resize(tensor.count());
     merged_values(files, lora, tensor, values);
     const bool matrix = tensor.shape.size() > 1;
-    if (turn && is_q_or_k(tensor.name))
+    if (turn && is_query_or_key(tensor.name))
       interleave_rows(values, tensor.shape[0], files.config.head_dim);
     if (files.norm_offset != 0 && tensor.name.ends_with("norm.weight"))
       for (float& value : values) value += files.norm_offset;
@@ -426,13 +474,20 @@ void write_merged_folder(const std::filesystem::path& folder, const ModelFiles& 
                  .what = "is a GGUF file, from which no Hugging Face folder can be made whole",
                  .cure = "merge to GGUF, or tune the model's Hugging Face folder"});
   make_folder(folder);
-  const Family& family = family_of_gguf(files.metadata);
   Spill spill(folder / "model");
   std::vector<float> values;
   for (const Tensor& tensor : files.tensors) {
+    const std::string name = folder_name_of(*files.family, tensor.name);
+    // Rotary factors, which stand in config.json.
+    if (name.empty() && tensor.shape.size() == 1) continue;
+    if (name.empty())
+      throw Error(ErrorKind::unsupported,
+                  {.where = files.path.string() + ": " + tensor.name,
+                   .what = "experts cannot be written back to a Hugging Face folder",
+                   .cure = "merge to GGUF"});
     values.resize(tensor.count());
     merged_values(files, lora, tensor, values);
-    spill.add(folder_name_of(family, tensor.name), type, tensor.shape, values);
+    spill.add(name, type, tensor.shape, values);
   }
   constexpr size_t kShardBytes = size_t{5} << 30;
   write_safetensors_folder(folder, spill.finish(), kShardBytes);
