@@ -1,9 +1,11 @@
 // Flags that every command with a model has.
 #pragma once
 #include <CLI/CLI.hpp>
+#include <cstdint>
 #include <string>
 
 #include "base/cpu.h"
+#include "engine/forward.h"
 #include "engine/model.h"
 
 namespace moru {
@@ -49,6 +51,31 @@ struct ModelFlags {
     if (precision == "exact") options.profile = Profile::exact;
     if (precision == "bf16") options.profile = Profile::bf16;
     if (precision == "f32") options.profile = Profile::f32;
+    return options;
+  }
+};
+
+// Flags of the cache that holds keys and values.
+struct CacheFlags {
+  uint64_t memory = 0;
+  std::string type = "f16";
+
+  void add_to(CLI::App& cmd) {
+    cmd.add_option("--cache-memory", memory,
+                   "most memory for keys and values, as 512MiB; 0: what 16,384 tokens take")
+        ->transform(CLI::AsSizeValue(true));
+    cmd.add_option("--kv-type", type,
+                   "what keys and values are rounded to: f16 (as good as exact), bf16, or q8_0 "
+                   "(half the memory)")
+        ->check(CLI::IsMember({"f16", "bf16", "q8_0"}))
+        ->capture_default_str();
+  }
+
+  EngineOptions engine_options() const {
+    EngineOptions options;
+    options.cache_bytes = memory;
+    if (type == "bf16") options.kv_type = KvType::bf16;
+    if (type == "q8_0") options.kv_type = KvType::q8_0;
     return options;
   }
 };

@@ -19,6 +19,7 @@ namespace {
 
 struct ProveFlags {
   ModelFlags model;
+  CacheFlags cache;
   std::string questions, results, compare_with;
   std::string check;
   QuestionOptions rows;
@@ -140,7 +141,7 @@ void run_prove(const ProveFlags& flags) {
   LoadOptions options = flags.model.load_options();
   if (options.context == 0) options.context = std::min<size_t>(files.config.context, 8192);
   const Model model = load_model(pool, files, options);
-  Engine engine(pool, model);
+  Engine engine(pool, model, flags.cache.engine_options());
   if (!flags.text.empty()) return diverge(flags, pool, files, engine);
   ask(flags, files, engine);
 }
@@ -151,6 +152,7 @@ void add_prove(CLI::App& app) {
   auto flags = std::make_shared<ProveFlags>();
   CLI::App* cmd = app.add_subcommand("prove", "Ask a model your questions; or compare it by KLD");
   flags->model.add_to(*cmd);
+  flags->cache.add_to(*cmd);
   cmd->add_option("-q,--questions", flags->questions, "JSONL, JSON or CSV of questions");
   cmd->add_option("--results", flags->results, "keep every answer here; resumes");
   cmd->add_option("--compare", flags->compare_with, "results of another model, to pair with");

@@ -24,6 +24,7 @@ namespace {
 
 struct RunFlags {
   ModelFlags model;
+  CacheFlags cache;
   std::string prompt, system;
   std::string json_schema, regex;  // a file, an expression
   bool raw = false, json = false, json_object = false, drafts = true;
@@ -87,7 +88,7 @@ void run(const RunFlags& flags) {
                                    .cure = "use --raw to complete plain text"});
   Pool pool(flags.model.pool_size());
   const Model model = load_model(pool, files, flags.model.load_options());
-  Engine engine(pool, model);
+  Engine engine(pool, model, flags.cache.engine_options());
   Generator generator(engine, files.tokenizer);
 
   nlohmann::ordered_json messages = nlohmann::ordered_json::array();
@@ -110,7 +111,10 @@ void run(const RunFlags& flags) {
 
   if (!flags.prompt.empty()) return turn(flags.prompt);
   const bool person = ::isatty(STDIN_FILENO) != 0;
-  if (person) fmt::print("Type a message and press Enter; Ctrl-D ends.\n");
+  if (person)
+    fmt::print(
+        "Keys and values take at most {} MiB. Type a message and press Enter; Ctrl-D ends.\n",
+        engine.cache().bytes() >> 20);
   std::string line;
   for (;;) {
     if (person) {
@@ -128,6 +132,7 @@ void add_run(CLI::App& app) {
   auto flags = std::make_shared<RunFlags>();
   CLI::App* cmd = app.add_subcommand("run", "Chat with a model, or complete a text");
   flags->model.add_to(*cmd);
+  flags->cache.add_to(*cmd);
   cmd->add_option("-p,--prompt", flags->prompt, "one message; without it, read them line by line");
   cmd->add_option("--system", flags->system, "system message");
   cmd->add_flag("--raw", flags->raw, "complete the text as it is, without the chat template");

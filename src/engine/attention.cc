@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/memory.h"
 #include "engine/float_kernels.h"
 
 namespace moru {
@@ -41,10 +42,9 @@ class Scratch {
  public:
   // Starts over with room for `floats` in all.
   void open(size_t floats) {
-    if (memory_.size() < floats + 16) memory_.resize(floats + 16);
-    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
-    next_ = memory_.data() + (64 - address % 64) % 64 / sizeof(float);
-    end_ = memory_.data() + memory_.size();
+    if (memory_.bytes() < floats * sizeof(float)) memory_ = PageBuffer(floats * sizeof(float));
+    next_ = static_cast<float*>(memory_.data());
+    end_ = next_ + memory_.bytes() / sizeof(float);
   }
   float* take(size_t floats) {
     float* p = next_;
@@ -55,7 +55,7 @@ class Scratch {
   static size_t padded(size_t floats) { return ceil_div(floats, 16) * 16; }
 
  private:
-  std::vector<float> memory_;
+  PageBuffer memory_;
   float* next_ = nullptr;
   float* end_ = nullptr;
 };
@@ -178,9 +178,15 @@ void attend_item(const CachedCall& call, const CachedItem& item) {
   const FloatKernels& kernels = float_kernels();
   const AttentionSpan& span = call.spans[item.span];
   const size_t dim = call.shape.head_dim, rows = item.tokens * call.group;
+  // Keys that no kernel reads as they are stored are widened first, a block at a time.
+  const KvType type = call.cache.shape().type;
+  const size_t page_floats = kKeyPage * dim;
+  const size_t wide_floats =
+      type == KvType::f16 || type == KvType::f32 ? 0 : 2 * kPagesPerBlock * page_floats;
   Scratch& scratch = item_scratch();
   scratch.open(Scratch::padded(rows * dim) + BlockScratch::floats(rows, dim) +
-               2 * Rows::floats(rows, dim));
+               2 * Rows::floats(rows, dim) + wide_floats);
+  float* wide = scratch.take(wide_floats);
   float* q = scratch.take(rows * dim);
   for (size_t t = 0; t < item.tokens; ++t)
     std::memcpy(
@@ -191,15 +197,15 @@ void attend_item(const CachedCall& call, const CachedItem& item) {
   const Rows part = take_rows(scratch, rows, dim), total = take_rows(scratch, rows, dim);
   const bool alone = item.block + 1 == item.block_end;
 
-  const std::span<const uint32_t> pages = span.sequence->pages();
-  const size_t last = span.first_position + item.first + item.tokens - 1;
+  const size_t first = span.first_position + item.first, last = first + item.tokens - 1;
+  const size_t first_page = first_seen(call.shape, first) / kKeyPage;
   AttendBlock block{.q = q,
                     .ldq = dim,
                     .rows = rows,
                     .head_dim = dim,
                     .scale = call.shape.scale,
                     .softcap = call.shape.softcap,
-                    .f16 = call.cache.shape().type == KvType::f16,
+                    .f16 = type == KvType::f16,
                     .pages = 0,
                     .keys = nullptr,
                     .values = nullptr,
@@ -219,14 +225,22 @@ void attend_item(const CachedCall& call, const CachedItem& item) {
     const size_t page = b * kPagesPerBlock, page_end = last / kKeyPage + 1;
     block.pages = std::min(page_end - page, kPagesPerBlock);
     for (size_t p = 0; p < block.pages; ++p) {
-      keys[p] = call.cache.keys(pages[page + p], call.layer, item.kv_head);
-      values[p] = call.cache.values(pages[page + p], call.layer, item.kv_head);
+      if (wide_floats > 0) {
+        float *k = wide + 2 * p * page_floats, *v = k + page_floats;
+        keys[p] = k;
+        values[p] = v;
+        if (page + p >= first_page)
+          call.cache.widen(*span.sequence, page + p, call.layer, item.kv_head, k, v);
+        continue;
+      }
+      keys[p] = call.cache.keys(*span.sequence, page + p, call.layer, item.kv_head);
+      values[p] = call.cache.values(*span.sequence, page + p, call.layer, item.kv_head);
     }
     block.keys = keys;
     block.values = values;
-    block.next = b + 1 < item.block_end
-                     ? call.cache.keys(pages[page + kPagesPerBlock], call.layer, item.kv_head)
-                     : keys[0];
+    block.next = b + 1 < item.block_end ? call.cache.keys(*span.sequence, page + kPagesPerBlock,
+                                                          call.layer, item.kv_head)
+                                        : keys[0];
     set_seen(call, item, b, room);
     if (item.part != nullptr) {  // one block
       block.max = item.part;
@@ -280,7 +294,8 @@ void attend_cached(Pool& pool, const AttentionShape& shape, const KvCache& cache
   parts.clear();
   for (size_t s = 0; s < spans.size(); ++s) {
     const AttentionSpan& span = spans[s];
-    MORU_DCHECK(span.first_position + span.tokens <= span.sequence->pages().size() * kKeyPage);
+    MORU_DCHECK(span.first_position + span.tokens <=
+                span.sequence->pages().size() / cache.groups() * kKeyPage);
     for (size_t first = 0; first < span.tokens; first += tile) {
       const size_t tokens = std::min(tile, span.tokens - first);
       const size_t position = span.first_position + first;

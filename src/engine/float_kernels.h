@@ -99,6 +99,10 @@ struct FloatKernels {
                    bool f16, void* page);
   void (*put_values)(const float* v, size_t ldv, size_t first, size_t count, size_t head_dim,
                      bool f16, void* page);
+  // Pages of 8-bit codes as f32, each code times its token's scale, [64]: keys [head_dim][64],
+  // values [64][head_dim].
+  void (*widen_q8_keys)(const int8_t* codes, const float* scales, size_t head_dim, float* to);
+  void (*widen_q8_values)(const int8_t* codes, const float* scales, size_t head_dim, float* to);
   void (*attend_block)(const AttendBlock& block);
   // Adds a block's result (max, sum, out) to those of the blocks before it.
   void (*merge_block)(const AttendBlock& block, float* max, float* sum, float* out);

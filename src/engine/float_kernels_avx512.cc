@@ -45,6 +45,10 @@ inline Vec load_f16(const uint16_t* p) {
 inline void store_f16(uint16_t* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+inline Vec load_i8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 inline Mask lanes_between(int first, int end) {
   const int a = first < 0 ? 0 : first > 16 ? 16 : first, b = end < a ? a : end > 16 ? 16 : end;
   return static_cast<Mask>((1u << b) - (1u << a));

@@ -504,6 +504,18 @@ inline void widen_words(const Half* from, size_t count, float* to) {
   for (size_t i = 0; i < count; i += 16) store(to + i, load(from + i));
 }
 
+void widen_q8_keys(const int8_t* codes, const float* scales, size_t head_dim, float* to) {
+  for (size_t i = 0; i < head_dim * kKeyPage; i += 16)
+    store(to + i, mul(load_i8(codes + i), load(scales + i % kKeyPage)));
+}
+void widen_q8_values(const int8_t* codes, const float* scales, size_t head_dim, float* to) {
+  for (size_t t = 0; t < kKeyPage; ++t) {
+    const Vec scale = splat(scales[t]);
+    for (size_t i = t * head_dim; i < (t + 1) * head_dim; i += 16)
+      store(to + i, mul(load_i8(codes + i), scale));
+  }
+}
+
 // Below this many rows a page of f16 is widened as it is read, in tiles tall enough to read it once
 // for a group of up to 8 heads; above, it is widened once for all rows.
 constexpr size_t kWidenRows = 12;
@@ -717,6 +729,8 @@ constexpr FloatKernels make_table() {
       .exp_sum = exp_sum,
       .put_keys = put_keys,
       .put_values = put_values,
+      .widen_q8_keys = widen_q8_keys,
+      .widen_q8_values = widen_q8_values,
       .attend_block = attend_block,
       .merge_block = merge_block,
       .attend_backward_tile = attend_backward_tile,

@@ -45,6 +45,9 @@ inline Vec load_f16(const uint16_t* p) {
 inline void store_f16(uint16_t* p, Vec v) {
   for (int i = 0; i < 16; ++i) p[i] = f16_from_f32(v.lane[i]);
 }
+inline Vec load_i8(const int8_t* p) {
+  return lanes([=](int i) { return static_cast<float>(p[i]); });
+}
 inline Vec load_part(const float* p, size_t n) {
   return lanes([=](int i) { return static_cast<size_t>(i) < n ? p[i] : 0.0f; });
 }

@@ -29,6 +29,30 @@ struct Rows {
   float* row(size_t r) { return data() + r * cols; }
 };
 
+KvShape cache_shape(const Config& c, const EngineOptions& options) {
+  return {.layers = c.layers,
+          .kv_heads = c.kv_heads,
+          .head_dim = c.head_dim,
+          .type = options.kv_type,
+          .window = c.window,
+          .windowed = c.windowed,
+          .longest = c.context};
+}
+
+size_t cache_pages(const Config& c, const EngineOptions& options) {
+  const KvShape shape = cache_shape(c, options);
+  const size_t block = KvCache::groups(shape), page_bytes = KvCache::page_bytes(shape);
+  if (options.cache_bytes == 0)
+    return (options.cache_tokens + kPageTokens - 1) / kPageTokens * block;
+  if (options.cache_bytes < 2 * block * page_bytes)
+    throw Error(ErrorKind::usage,
+                {.where = "KV cache",
+                 .what = fmt::format("{} bytes do not hold even {} tokens of this model",
+                                     options.cache_bytes, 2 * kPageTokens),
+                 .cure = fmt::format("allow at least {} KiB", 2 * block * page_bytes / 1024 + 1)});
+  return options.cache_bytes / page_bytes;
+}
+
 }  // namespace
 
 struct Engine::State {
@@ -50,11 +74,7 @@ struct Engine::State {
       : pool(the_pool),
         model(the_model),
         step_tokens(options.step_tokens),
-        cache({.layers = the_model.config.layers,
-               .kv_heads = the_model.config.kv_heads,
-               .head_dim = the_model.config.head_dim,
-               .type = options.kv_type},
-              (options.cache_tokens + kPageTokens - 1) / kPageTokens),
+        cache(cache_shape(the_model.config, options), cache_pages(the_model.config, options)),
         x(step_tokens, the_model.config.width),
         norm(step_tokens, the_model.config.width),
         q(step_tokens, the_model.config.q_width()),
@@ -210,6 +230,7 @@ struct Engine::State {
     attention_spans.clear();
     size_t pages = 0;
     for (const StepSpan& span : spans) {
+      cache.trim(*span.sequence);
       const size_t first = span.sequence->tokens();
       MORU_CHECK(first + span.tokens.size() <= c.context);
       attention_spans.push_back({tokens, span.tokens.size(), first, span.sequence});

@@ -28,12 +28,14 @@ struct StepSpan {
 struct EngineOptions {
   size_t step_tokens = 512;     // most tokens of one step
   size_t cache_tokens = 16384;  // positions that the KV cache has room for, over all sequences
+  size_t cache_bytes = 0;       // or its memory, never more; 0: what cache_tokens take
   KvType kv_type = KvType::f16;
 };
 
 class Engine {
  public:
-  // Takes all memory that steps will need. `pool` and `model` must outlive it. Error: no_space.
+  // Takes all memory that steps will need. `pool` and `model` must outlive it. Errors: no_space;
+  // usage (cache_bytes do not hold two pages of every layer).
   Engine(Pool& pool, const Model& model, const EngineOptions& options = {});
   ~Engine();
   Engine(const Engine&) = delete;

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <deque>
 #include <list>
@@ -10,21 +11,20 @@
 #include "base/clock.h"
 #include "base/error.h"
 #include "engine/draft.h"
+#include "engine/prefix_tree.h"
 #include "engine/row_ops.h"
+#include "engine/step_cost.h"
 
 namespace moru {
 namespace {
 
-// While answers are under way a step carries at most this many prompt tokens, so that a long
-// prompt does not hold them up.
-constexpr size_t kPromptTokensBesideAnswers = 128;
-// Ended sequences that stay in the cache for prompts that begin alike.
-constexpr size_t kRemembered = 64;
-// A shorter common beginning is not worth a copied page.
-constexpr size_t kMinShared = 16;
 // Languages whose masks are kept.
 constexpr size_t kKnownMasks = 8;
 constexpr size_t kMostForcedBytes = 256;
+// The smallest part of a prompt that a step is worth, where time is short.
+constexpr size_t kMinPart = 32;
+// Tokens of a step that leaves a part of a prompt for later.
+constexpr size_t kStepMultiple = 16;
 
 size_t common_prefix(std::span<const TokenId> a, std::span<const TokenId> b) {
   return static_cast<size_t>(std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first -
@@ -78,7 +78,7 @@ struct Active {
   std::vector<TokenId> tokens;  // prompt and answer
   KvSequence sequence;          // holds a beginning of `tokens`
   bool admitted = false;
-  size_t planned = 0;  // tokens of this step
+  size_t planned = 0, before = 0;  // tokens of this step, and of the sequence before it
   LookupDraft lookup;
   DraftAccount account;
   std::vector<TokenId> draft;  // of this step: the last token and guesses at what follows; or empty
@@ -98,32 +98,30 @@ struct Active {
     draft.reserve(DraftAccount::kLongest + 1);
     if (request.sampling.dry_multiplier > 0)
       breakers = tokens_holding(tokenizer, request.sampling.dry_sequence_breakers);
+    tokens.reserve(tokens.size() + request.max_tokens);
   }
 
   size_t pending() const { return tokens.size() - sequence.tokens(); }
 };
 
-struct Remembered {
-  std::vector<TokenId> tokens;
-  KvSequence sequence;
-};
+double steady_seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 }  // namespace
 
 struct Generator::State {
   Engine& engine;
   const Tokenizer& tokenizer;
-  size_t max_sequences;
+  GeneratorOptions options;
+  PrefixTree tree;
   uint64_t next_number = 1;
-  std::list<Active> requests;         // in order of submission; the admitted ones compute
-  std::deque<Remembered> remembered;  // least recently used first
+  std::list<Active> requests;  // in order of submission; the admitted ones compute
   Sampler sampler;
   std::vector<float> untouched;                         // a row of logits as the model gave it
   std::vector<float> ends;                              // and of it, the stop ids' logits
   std::shared_ptr<const Vocabulary> vocabulary;         // made for the first constraint
   std::deque<std::shared_ptr<TokenMasks>> known_masks;  // of the languages last seen
-  std::vector<StepSpan> spans;
-  std::vector<Active*> stepping;
   struct Row {
     Active* active;
     size_t index;  // in its span
@@ -131,72 +129,89 @@ struct Generator::State {
   std::vector<Row> rows;  // that want logits, in order
   RowCost row_cost;
   Drafted drafted;
+  StepCost cost;
+  GeneratorLoad totals;
+  uint64_t last_prompt = 0;  // the last request whose prompt had its turn
+
+  // Of one step.
+  std::vector<StepSpan> spans;
+  std::vector<Active*> stepping, prompts;
+  std::vector<GenerationEvent> events;
+  StepWork work;
+
+  State(Engine& the_engine, const Tokenizer& the_tokenizer, GeneratorOptions the_options)
+      : engine(the_engine),
+        tokenizer(the_tokenizer),
+        options(std::move(the_options)),
+        tree(the_engine.cache()) {
+    if (!options.now) options.now = steady_seconds;
+    for (auto* list : {&stepping, &prompts}) list->reserve(options.sequences);
+    spans.reserve(options.sequences);
+    events.reserve(options.sequences);
+  }
 
   KvCache& cache() { return engine.cache(); }
 
-  // Gives `a` the longest beginning that another sequence has already computed. At least one
-  // token is left to compute: its logits are wanted.
+  // Gives `a` the longest beginning that is computed already; at least one token is left to
+  // compute, since its logits are wanted. Not admitted, if another prompt is just computing more
+  // of what both begin with.
   void admit(Active& a) {
+    const std::span<const TokenId> wanted_tokens(a.tokens.data(), a.tokens.size() - 1);
+    const size_t known = tree.known(wanted_tokens);
+    const Active* best = nullptr;
+    size_t shared = std::max(known, kMinCopiedTokens - 1);
+    for (const Active& other : requests) {
+      if (!other.admitted) continue;
+      const size_t common = common_prefix(wanted_tokens, other.tokens);
+      const size_t computed = other.sequence.tokens();
+      const size_t coming = std::min(common, other.request.prompt.size());
+      if (coming > computed && coming >= known + kMinCopiedTokens) return;
+      if (std::min(common, computed) > shared) {
+        shared = std::min(common, computed);
+        best = &other;
+      }
+    }
     a.admitted = true;
-    a.sequence = cache().make_sequence();
-    const std::span<const TokenId> wanted(a.tokens.data(), a.tokens.size() - 1);
-    const KvSequence* best = nullptr;
-    size_t shared = kMinShared - 1;
-    const auto offer = [&](const KvSequence& sequence, std::span<const TokenId> tokens) {
-      const size_t n = std::min(common_prefix(wanted, tokens), sequence.tokens());
-      if (n > shared) {
-        shared = n;
-        best = &sequence;
-      }
-    };
-    for (const Active& other : requests)
-      if (other.admitted && &other != &a) offer(other.sequence, other.tokens);
-    size_t from_memory = remembered.size();
-    for (size_t i = 0; i < remembered.size(); ++i) {
-      const size_t before = shared;
-      offer(remembered[i].sequence, remembered[i].tokens);
-      if (shared > before) from_memory = i;
-    }
-    if (best != nullptr && cache().fork(*best, shared, a.sequence)) a.cached_tokens = shared;
-    if (from_memory < remembered.size()) {  // recently used now
-      std::rotate(remembered.begin() + static_cast<ptrdiff_t>(from_memory),
-                  remembered.begin() + static_cast<ptrdiff_t>(from_memory) + 1, remembered.end());
-    }
+    if (best == nullptr || !cache().fork(best->sequence, shared, a.sequence))
+      shared = tree.resume(wanted_tokens, a.sequence);
+    if (a.completion_tokens > 0) return;
+    a.cached_tokens = shared;
+    totals.cached_tokens += shared;
   }
 
-  void remember(Active& a) {
-    if (a.sequence.tokens() < kMinShared) return;
-    a.tokens.resize(a.sequence.tokens());
-    remembered.push_back({std::move(a.tokens), std::move(a.sequence)});
-    if (remembered.size() > kRemembered) remembered.pop_front();
-  }
-
-  // Room for `count` more tokens of `a`: forgets ended sequences, then sends the youngest other
-  // request back to wait (it will recompute). False if `a` must wait itself.
+  // Room for `count` more tokens of `a`: the tree gives up the oldest beginnings, then the youngest
+  // other request is sent back to wait (it will compute again). False if `a` must wait itself.
   bool make_room(Active& a, size_t count) {
+    cache().trim(a.sequence);
     while (!cache().reserve(a.sequence, count)) {
-      if (!remembered.empty()) {
-        remembered.pop_front();
-        continue;
-      }
+      if (tree.evict()) continue;
       Active* youngest = nullptr;
       for (Active& other : requests)
         if (other.admitted && other.number > a.number) youngest = &other;
-      if (youngest == nullptr) return false;
+      if (youngest == nullptr) {
+        // Beginnings of no use alone may lie under blocks of `a`.
+        const auto oldest = std::find_if(requests.begin(), requests.end(),
+                                         [](const Active& other) { return other.admitted; });
+        if (&*oldest != &a || tree.empty()) return false;
+        tree.clear();
+        continue;
+      }
       youngest->admitted = false;
       youngest->sequence = {};
       std::erase(stepping, youngest);
+      ++totals.sent_back;
     }
     return true;
   }
 
-  // Chooses this step's tokens: one of each answer under way, then prompts in order.
+  // Chooses this step's tokens: one of each answer under way, then parts of prompts.
   void plan() {
     stepping.clear();
     spans.clear();
+    work = {};
     size_t admitted = 0;
     for (Active& a : requests) {
-      if (!a.admitted && admitted < max_sequences) admit(a);
+      if (!a.admitted && admitted < options.sequences) admit(a);
       admitted += a.admitted;
     }
     size_t room = engine.step_tokens();
@@ -209,19 +224,13 @@ struct Generator::State {
       a.draft.clear();
       if (!a.admitted || a.pending() != 1 || room == 0 || !make_room(a, 1)) continue;
       if (room > answers + guesses) guess(a, answers, guesses);
+      if (!a.draft.empty() && !cache().reserve(a.sequence, a.draft.size())) a.draft.clear();
       const size_t count = std::max<size_t>(a.draft.size(), 1);
       guesses += count - 1;
       take_part(a, count);
       room -= std::min(room, count);
     }
-    if (!stepping.empty()) room = std::min(room, kPromptTokensBesideAnswers);
-    for (Active& a : requests) {
-      if (!a.admitted || a.pending() <= 1 || room == 0) continue;
-      const size_t count = std::min(room, a.pending());
-      if (!make_room(a, count)) continue;
-      take_part(a, count);
-      room -= count;
-    }
+    options.step_seconds > 0 ? share_time(room) : fill(room);
     rows.clear();
     for (Active* a : stepping) {
       if (a->draft.empty()) {
@@ -232,6 +241,52 @@ struct Generator::State {
         spans.push_back({&a->sequence, a->draft, 0});
       }
       for (size_t i = spans.back().logits_from; i < a->planned; ++i) rows.push_back({a, i});
+    }
+  }
+
+  // Prompts in order, each as far as there is room.
+  void fill(size_t room) {
+    for (Active& a : requests) {
+      if (!a.admitted || a.pending() <= 1 || room == 0) continue;
+      const size_t count = std::min(room, a.pending());
+      if (!make_room(a, count)) continue;
+      take_part(a, count);
+      room -= count;
+    }
+  }
+
+  // Prompts get equal parts of the time that answers leave, short ones no more than they need. As
+  // many as the time gives a part worth having, beginning after the one that had the last turn.
+  void share_time(size_t room) {
+    prompts.clear();
+    for (Active& a : requests)
+      if (a.admitted && a.pending() > 1) prompts.push_back(&a);
+    if (prompts.empty() || room == 0) return;
+    const auto turn = std::find_if(prompts.begin(), prompts.end(),
+                                   [&](const Active* a) { return a->number > last_prompt; });
+    std::rotate(prompts.begin(), turn, prompts.end());
+    const size_t possible =
+        cost.affordable(work, prompts.front()->sequence.tokens(), room, options.step_seconds);
+    prompts.resize(std::clamp<size_t>(possible / kMinPart, 1, prompts.size()));
+    last_prompt = prompts.back()->number;
+    std::sort(prompts.begin(), prompts.end(), [](const Active* a, const Active* b) {
+      return a->pending() != b->pending() ? a->pending() < b->pending() : a->number < b->number;
+    });
+
+    for (size_t i = 0; i < prompts.size() && room > 0; ++i) {
+      Active& a = *prompts[i];
+      if (!a.admitted) continue;  // sent back by one before it
+      const double now = cost.seconds(work);
+      const double share = (options.step_seconds - now) / static_cast<double>(prompts.size() - i);
+      const size_t most = std::min(room, a.pending());
+      size_t count = cost.affordable(work, a.sequence.tokens(), most, now + share);
+      if (i == 0) count = std::max(count, std::min(most, kMinPart));  // something moves on
+      // Steps of few sizes: dense products prepare a kernel for each.
+      const size_t odd = (work.tokens + count) % kStepMultiple;
+      if (count < a.pending() && odd < count) count -= odd;
+      if (count == 0 || !make_room(a, count)) continue;
+      take_part(a, count);
+      room -= count;
     }
   }
 
@@ -286,7 +341,41 @@ struct Generator::State {
 
   void take_part(Active& a, size_t count) {
     a.planned = count;
+    a.before = a.sequence.tokens();
     stepping.push_back(&a);
+    work.add(count, a.sequence.tokens());
+  }
+
+  void count_step(double seconds) {
+    ++totals.steps;
+    totals.step_seconds += seconds;
+    for (const Active* a : stepping)
+      if (a->before < a->request.prompt.size()) totals.prompt_tokens += a->planned;
+  }
+
+  // Rows [first, first + count) of those that want logits.
+  void take_rows(size_t first, size_t count, float* logits) {
+    const size_t vocab = engine.model().config.vocab;
+    for (size_t i = 0; i < count; ++i) {
+      const auto [active, index] = rows[first + i];
+      Active& a = *active;
+      if (index == 0 || a.draft.empty()) {
+        GenerationEvent& begun = events.emplace_back();
+        begun.request = a.number;
+        begun.prompt_tokens = a.request.prompt.size();
+        begun.cached_tokens = std::min(a.cached_tokens, a.request.prompt.size());
+      } else if (events.back().finish || !follows_draft(a, index)) {
+        continue;
+      }
+      GenerationEvent& event = events.back();
+      take(a, {logits + i * vocab, vocab}, event);
+      event.completion_tokens = a.completion_tokens;
+      if (event.finish && !a.stop.stopped()) {
+        // A character that the length limit cut in two is left out.
+        if (*event.finish == Finish::stop) event.text += a.stop.push(a.text.finish());
+        event.text += a.stop.finish();
+      }
+    }
   }
 
   // Masks of a language, kept for the next request that wants the same one.
@@ -329,6 +418,7 @@ struct Generator::State {
   // The answer goes on with `id`.
   void add_token(Active& a, TokenId id, GenerationEvent& event) {
     ++a.completion_tokens;
+    ++totals.completion_tokens;
     a.tokens.push_back(id);
     event.text += a.stop.push(a.text.push(id));
     if (a.constraint) MORU_CHECK(a.constraint->take(tokenizer.bytes_of(id)));
@@ -374,14 +464,14 @@ struct Generator::State {
   }
 };
 
-Generator::Generator(Engine& engine, const Tokenizer& tokenizer, size_t sequences)
-    : state_(new State{.engine = engine, .tokenizer = tokenizer, .max_sequences = sequences}) {}
+Generator::Generator(Engine& engine, const Tokenizer& tokenizer, GeneratorOptions options)
+    : state_(std::make_unique<State>(engine, tokenizer, std::move(options))) {}
 Generator::~Generator() = default;
 
 uint64_t Generator::submit(GenerationRequest request) {
   const Config& c = state_->engine.model().config;
-  const size_t cache_tokens = state_->cache().total_pages() * kPageTokens;
-  const size_t limit = std::min(c.context, cache_tokens);
+  const size_t limit =
+      std::min(c.context, state_->cache().longest_sequence(state_->engine.step_tokens()));
   if (request.prompt.empty())
     throw Error(ErrorKind::usage, {.where = "prompt", .what = "is empty", .cure = ""});
   if (request.prompt.size() >= limit)
@@ -402,8 +492,16 @@ void Generator::cancel(uint64_t request) {
   state_->requests.remove_if([&](const Active& a) { return a.number == request; });
 }
 
-void Generator::forget() { state_->remembered.clear(); }
 Generator::Drafted Generator::drafted() const { return state_->drafted; }
+void Generator::forget() { state_->tree.clear(); }
+GeneratorLoad Generator::load() const {
+  State& s = *state_;
+  GeneratorLoad load = s.totals;
+  for (const Active& a : s.requests) ++(a.admitted ? load.running : load.waiting);
+  load.pages = s.cache().total_pages();
+  load.pages_used = load.pages - s.cache().free_pages();
+  return load;
+}
 bool Generator::busy() const { return !state_->requests.empty(); }
 
 void Generator::step(const std::function<void(const GenerationEvent&)>& emit) {
@@ -419,41 +517,33 @@ void Generator::step(const std::function<void(const GenerationEvent&)>& emit) {
           .prompt_tokens = it->request.prompt.size()});
     it = s.requests.erase(it);
   }
+  const double start = s.options.now();
   s.plan();
   if (s.spans.empty()) return;
-
-  std::vector<GenerationEvent> events;
-  const size_t vocab = s.engine.model().config.vocab;
+  s.events.clear();
   const Stopwatch watch;
-  s.engine.step(s.spans, [&](size_t first, size_t count, float* logits) {
-    for (size_t i = 0; i < count; ++i) {
-      const auto [active, index] = s.rows[first + i];
-      Active& a = *active;
-      if (index == 0 || a.draft.empty()) {
-        events.push_back({.request = a.number,
-                          .prompt_tokens = a.request.prompt.size(),
-                          .cached_tokens = std::min(a.cached_tokens, a.request.prompt.size())});
-      } else if (events.back().finish || !s.follows_draft(a, index)) {
-        continue;
-      }
-      GenerationEvent& event = events.back();
-      s.take(a, {logits + i * vocab, vocab}, event);
-      event.completion_tokens = a.completion_tokens;
-      if (event.finish && !a.stop.stopped()) {
-        // A character that the length limit cut in two is left out.
-        if (*event.finish == Finish::stop) event.text += a.stop.push(a.text.finish());
-        event.text += a.stop.finish();
-      }
-    }
+  s.engine.step(s.spans, [&s](size_t first, size_t count, float* logits) {
+    s.take_rows(first, count, logits);
   });
   s.settle_drafts(watch.seconds());
-  std::sort(events.begin(), events.end(),
+  const double seconds = s.options.now() - start;
+  s.cost.learn(s.work, seconds);
+  s.count_step(seconds);
+  for (Active* a : s.stepping) {
+    const size_t computed = a->sequence.tokens();
+    const bool prompt_ends =
+        a->before < a->request.prompt.size() && computed >= a->request.prompt.size();
+    if (prompt_ends || computed / kPageTokens != a->before / kPageTokens)
+      s.tree.keep(a->tokens, a->sequence,
+                  prompt_ends ? PrefixTree::At::prompt_end : PrefixTree::At::way);
+  }
+  std::sort(s.events.begin(), s.events.end(),
             [](const auto& a, const auto& b) { return a.request < b.request; });
-  for (const GenerationEvent& event : events) {
+  for (const GenerationEvent& event : s.events) {
     if (event.finish) {
       const auto it = std::find_if(s.requests.begin(), s.requests.end(),
                                    [&](const Active& a) { return a.number == event.request; });
-      s.remember(*it);
+      s.tree.keep(it->tokens, it->sequence, PrefixTree::At::end);
       s.requests.erase(it);
     }
     emit(event);
@@ -499,8 +589,7 @@ std::vector<ContinuationScore> score_continuations(Engine& engine,
     MORU_CHECK(!request.prefix.empty() && !request.tokens.empty());
     // All but the prefix's last token are shared; the last one's logits are wanted each time.
     const std::span<const TokenId> prefix(request.prefix.data(), request.prefix.size() - 1);
-    const size_t common = common_prefix(prefix, shared_tokens);
-    cache.truncate(shared, common);
+    const size_t common = cache.truncate(shared, common_prefix(prefix, shared_tokens));
     for (size_t at = common; at < prefix.size();) {
       const size_t count = std::min(engine.step_tokens(), prefix.size() - at);
       const StepSpan span{&shared, prefix.subspan(at, count), count};

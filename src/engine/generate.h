@@ -1,8 +1,8 @@
 // Generates answers to many requests at once (continuous batching): each step carries one token of
 // every answer under way and as much of the waiting prompts as fits.
 //
-// Prompts that begin like one seen before take its keys and values instead of computing them.
-// Under the exact profile none of this changes an answer.
+// Prompts that begin like one seen before take its keys and values instead of computing them, and
+// wait for one that is just being computed. Under the exact profile none of this changes an answer.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -52,10 +52,28 @@ struct GenerationEvent {
   size_t prompt_tokens = 0, cached_tokens = 0, completion_tokens = 0;
 };
 
+struct GeneratorOptions {
+  size_t sequences = 32;  // answers under way at once; others wait
+  // What a step should take at most, so that a long prompt does not hold up the answers and a short
+  // one gets its turn: prompts then share what the answers leave, in parts sized by what steps have
+  // taken so far. 0: prompts run in order, as many tokens a step as the engine takes.
+  double step_seconds = 0;
+  std::function<double()> now;  // seconds; empty: the steady clock
+};
+
+// Totals since the generator was made, and what is under way.
+struct GeneratorLoad {
+  size_t running = 0, waiting = 0;
+  size_t steps = 0, prompt_tokens = 0, cached_tokens = 0, completion_tokens = 0;
+  size_t sent_back = 0;  // times that a request lost its cache to an older one
+  double step_seconds = 0;
+  size_t pages_used = 0, pages = 0;  // of the cache; also those kept for later prompts alone
+};
+
 class Generator {
  public:
-  // Both must outlive it. At most `sequences` answers are under way at once; others wait.
-  Generator(Engine& engine, const Tokenizer& tokenizer, size_t sequences = 32);
+  // Both must outlive it.
+  Generator(Engine& engine, const Tokenizer& tokenizer, GeneratorOptions options = {});
   ~Generator();
   Generator(const Generator&) = delete;
   Generator& operator=(const Generator&) = delete;
@@ -71,6 +89,7 @@ class Generator {
     size_t tokens = 0, right = 0;
   };
   Drafted drafted() const;
+  GeneratorLoad load() const;
   // Gives back the cache that ended sequences hold for prompts that begin alike.
   void forget();
   // One step of the engine. Events are given in the order of submission.

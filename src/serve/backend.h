@@ -32,6 +32,7 @@ class Backend {
   virtual uint64_t submit(GenerationRequest request) = 0;
   virtual void cancel(uint64_t request) = 0;
   virtual bool busy() const = 0;
+  virtual GeneratorLoad load() const { return {}; }
   virtual void step(const std::function<void(const GenerationEvent&)>& emit) = 0;
 };
 

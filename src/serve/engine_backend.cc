@@ -14,7 +14,8 @@ struct EngineBackend::State {
         pool(o.threads != 0 ? o.threads : usable_threads()),
         model(load_model(pool, files, o.load)),
         engine(pool, model, o.engine),
-        generator(engine, files.tokenizer, o.sequences),
+        generator(engine, files.tokenizer,
+                  {.sequences = o.sequences, .step_seconds = o.step_seconds}),
         drafts(o.drafts) {}
 
   ModelFiles files;
@@ -29,6 +30,7 @@ EngineBackend::EngineBackend(const EngineBackendOptions& options) : state_(new S
 EngineBackend::~EngineBackend() = default;
 
 const Model& EngineBackend::model() const { return state_->model; }
+const KvCache& EngineBackend::cache() const { return state_->engine.cache(); }
 
 std::vector<TokenId> EngineBackend::encode_chat(const nlohmann::ordered_json& messages) const {
   return moru::encode_chat(state_->files, {.messages = messages, .add_generation_prompt = true});
@@ -45,7 +47,8 @@ std::string EngineBackend::bytes_of(TokenId id) const {
 }
 size_t EngineBackend::vocab() const { return state_->model.config.vocab; }
 size_t EngineBackend::longest_prompt() const {
-  const size_t cache = state_->engine.cache().total_pages() * kPageTokens;
+  Engine& engine = state_->engine;
+  const size_t cache = engine.cache().longest_sequence(engine.step_tokens());
   return std::min(state_->model.config.context, cache) - 1;
 }
 std::vector<TokenId> EngineBackend::stop_ids() const { return state_->files.stop_ids; }
@@ -56,6 +59,7 @@ uint64_t EngineBackend::submit(GenerationRequest request) {
 }
 void EngineBackend::cancel(uint64_t request) { state_->generator.cancel(request); }
 bool EngineBackend::busy() const { return state_->generator.busy(); }
+GeneratorLoad EngineBackend::load() const { return state_->generator.load(); }
 void EngineBackend::step(const std::function<void(const GenerationEvent&)>& emit) {
   state_->generator.step(emit);
 }

@@ -14,8 +14,9 @@ struct EngineBackendOptions {
   size_t threads = 0;  // 0: all that this process may use
   LoadOptions load;
   EngineOptions engine;
-  size_t sequences = 32;  // answers computed at once
-  bool drafts = true;     // GenerationRequest::drafts of every request
+  size_t sequences = 32;      // answers computed at once
+  double step_seconds = 0.2;  // what a step should take at most; 0: as long as it likes
+  bool drafts = true;         // GenerationRequest::drafts of every request
 };
 
 class EngineBackend final : public Backend {
@@ -25,6 +26,7 @@ class EngineBackend final : public Backend {
   ~EngineBackend() override;
 
   const Model& model() const;
+  const KvCache& cache() const;
 
   std::vector<TokenId> encode_chat(const nlohmann::ordered_json& messages) const override;
   std::vector<TokenId> encode_text(std::string_view text) const override;
@@ -36,6 +38,7 @@ class EngineBackend final : public Backend {
   uint64_t submit(GenerationRequest request) override;
   void cancel(uint64_t request) override;
   bool busy() const override;
+  GeneratorLoad load() const override;
   void step(const std::function<void(const GenerationEvent&)>& emit) override;
 
  private:

@@ -73,6 +73,8 @@ const char* name_of(Profile profile) {
   return "";
 }
 
+constexpr double kMiB = 1 << 20;
+
 }  // namespace
 
 void serve(const ServeOptions& options) {
@@ -100,6 +102,10 @@ void serve(const ServeOptions& options) {
   fmt::print("moru serves {} ({}, {} tokens of context, sha256 {}) at http://{}:{}/v1\n", name,
              name_of(backend.model().profile), backend.longest_prompt() + 1, hash.substr(0, 12),
              host, http.port());
+  const KvCache& cache = backend.cache();
+  fmt::print("keys and values take at most {:.0f} MiB ({}), weights {:.0f} MiB\n",
+             static_cast<double>(cache.bytes()) / kMiB, name_of(cache.shape().type),
+             static_cast<double>(backend.model().weight_bytes()) / kMiB);
   std::fflush(stdout);
   http.run([&api](std::shared_ptr<HttpExchange> exchange) { api.handle(std::move(exchange)); },
            [&scheduler] { scheduler.give_up(stopping_error()); });

@@ -1,8 +1,12 @@
 // The promise of the exact profile: a token's logits are the same bits whatever computes beside it.
 #include <doctest/doctest.h>
+#include <unistd.h>
 
+#include <bit>
 #include <chrono>
+#include <cstdio>
 
+#include "base/cpu.h"
 #include "engine/forward.h"
 #include "engine/generate.h"
 #include "support.h"
@@ -111,6 +115,174 @@ TEST_CASE("exact logits do not depend on threads, chunks or neighbours, for ever
                            expected.end()));
       }
     }
+  }
+}
+
+namespace {
+
+// Rows of a step around the places where something changes: the kernels' tokens per pass (up to
+// 16), panels unpacked once for all tokens (12 and 32), rows of an item of attention (96 over the
+// heads of a group), tokens that share one unpacking (512).
+constexpr size_t kRows[] = {1,  2,  3,   4,   5,   7,   8,   9,   11,  12,  13, 15,
+                            16, 17, 31,  32,  33,  47,  48,  49,  63,  64,  65, 95,
+                            96, 97, 127, 128, 129, 191, 192, 193, 511, 512, 513};
+constexpr size_t kLongest = 600;
+
+// Logits of ids[at …] as one step, from a copy of a sequence that has what comes before.
+std::vector<float> rows_of_step(Engine& engine, const KvSequence& base,
+                                std::span<const TokenId> ids, size_t at) {
+  KvSequence sequence = engine.cache().make_sequence();
+  REQUIRE(engine.cache().fork(base, at, sequence));
+  std::vector<float> logits;
+  const StepSpan span{&sequence, ids.subspan(at), 0};
+  engine.step({&span, 1}, [&](size_t, size_t count, float* rows) {
+    logits.insert(logits.end(), rows, rows + count * kVocab);
+  });
+  return logits;
+}
+
+// One token of each of `count` sequences of other lengths in one step, against `expected` of all
+// positions.
+bool batch_is_exact(Engine& engine, const KvSequence& base, std::span<const TokenId> ids,
+                    size_t count, const std::vector<float>& expected, Random& random) {
+  std::vector<KvSequence> sequences;
+  std::vector<size_t> at;
+  std::vector<StepSpan> spans;
+  for (size_t i = 0; i < count; ++i) {
+    at.push_back(random.below(kLongest));
+    sequences.push_back(engine.cache().make_sequence());
+    REQUIRE(engine.cache().fork(base, at[i], sequences[i]));
+  }
+  for (size_t i = 0; i < count; ++i) spans.push_back({&sequences[i], ids.subspan(at[i], 1), 0});
+  bool equal = true;
+  engine.step(spans, [&](size_t first, size_t rows, float* logits) {
+    for (size_t i = 0; i < rows; ++i)
+      equal = equal && std::equal(logits + i * kVocab, logits + (i + 1) * kVocab,
+                                  expected.begin() + ptrdiff_t(at[first + i] * kVocab));
+  });
+  return equal;
+}
+
+}  // namespace
+
+TEST_CASE("exact logits are the same at every threshold of rows and in batches of 1, 8 and 64") {
+  const uint64_t seed = fresh_seed();
+  MESSAGE("seed " << seed);
+  const TempDir folder;
+  const auto path = folder.path() / "tiny.gguf";
+  struct Case {
+    std::string family;
+    DType type;
+    KvType kv;
+  };
+  std::vector<Case> cases;
+  // Block types of each shape: blocks of 16 and of 32, with and without minimums.
+  for (const DType type : {DType::q4_0, DType::q4_k, DType::q6_k, DType::q2_k, DType::iq4_xs})
+    cases.push_back({"llama", type, KvType::f16});
+  for (const KvType kv : {KvType::f16, KvType::bf16, KvType::q8_0, KvType::f32})
+    cases.push_back({"gemma3", DType::q5_k, kv});
+  cases.push_back({"llama", DType::q8_0, KvType::q8_0});
+  for (const Case& c : cases) {
+    CAPTURE(c.family);
+    CAPTURE(traits(c.type).name);
+    CAPTURE(name_of(c.kv));
+    Random random(seed, static_cast<uint64_t>(c.type));
+    write_tiny_model(path, {.family = c.family, .type = c.type, .window = 70, .seed = seed});
+    const ModelFiles files = open_model(path);
+    const std::vector<TokenId> ids = random_ids(kLongest, random);
+    std::vector<float> expected;
+    for (const size_t threads : {2, 1, 4}) {
+      Pool pool(threads);
+      const Model model = load_model(pool, files, {.context = 1024});
+      Engine engine(pool, model, {.step_tokens = 600, .cache_tokens = 80 * 640, .kv_type = c.kv});
+      // All at once: nothing has been let go that a fork in the middle needs.
+      KvSequence base = engine.cache().make_sequence();
+      std::vector<float> whole;
+      const StepSpan span{&base, ids, 0};
+      engine.step({&span, 1}, [&](size_t, size_t count, float* rows) {
+        whole.insert(whole.end(), rows, rows + count * kVocab);
+      });
+      if (expected.empty()) expected = whole;
+      REQUIRE(whole == expected);
+      for (const size_t rows : kRows) {
+        if (threads != 2 && rows > 33) continue;
+        CAPTURE(rows);
+        const std::vector<float> part = rows_of_step(engine, base, ids, kLongest - rows);
+        REQUIRE(std::equal(part.begin(), part.end(), expected.end() - ptrdiff_t(part.size()),
+                           expected.end()));
+      }
+      for (const size_t count : {1, 8, 64})
+        REQUIRE(batch_is_exact(engine, base, ids, count, expected, random));
+    }
+  }
+}
+
+TEST_CASE("float logits do not depend on the number of threads") {
+  const uint64_t seed = fresh_seed();
+  MESSAGE("seed " << seed);
+  const TempDir folder;
+  const auto path = folder.path() / "tiny.gguf";
+  for (const DType type : {DType::bf16, DType::f16, DType::f32}) {
+    CAPTURE(traits(type).name);
+    Random random(seed, static_cast<uint64_t>(type));
+    write_tiny_model(path, {.family = "gemma3", .type = type, .seed = seed});
+    const ModelFiles files = open_model(path);
+    const std::vector<TokenId> ids = random_ids(200, random);
+    const std::vector<size_t> parts = random_parts(ids.size(), random);
+    std::vector<float> expected;
+    for (const size_t threads : {1, 2, 4}) {
+      Pool pool(threads);
+      const Model model = load_model(pool, files, {.context = 512});
+      Engine engine(pool, model, {.step_tokens = 512, .cache_tokens = 1024});
+      const std::vector<float> logits = logits_in_parts(engine, ids, parts);
+      if (expected.empty()) expected = logits;
+      CHECK(logits == expected);
+    }
+  }
+}
+
+// Run by the test below under another level of the instruction set.
+TEST_CASE("a hash of exact logits" * doctest::skip()) {
+  const TempDir folder;
+  const auto path = folder.path() / "tiny.gguf";
+  uint64_t hash = 14695981039346656037u;  // FNV-1a
+  for (const DType type : {DType::q4_k, DType::q6_k, DType::q8_0, DType::q4_0, DType::iq4_xs}) {
+    for (const KvType kv : {KvType::f16, KvType::q8_0}) {
+      write_tiny_model(path, {.family = "gemma3", .type = type, .seed = 7});
+      const ModelFiles files = open_model(path);
+      Pool pool(2);
+      const Model model = load_model(pool, files, {.context = 512});
+      Engine engine(pool, model, {.step_tokens = 512, .cache_tokens = 1024, .kv_type = kv});
+      Random random(7);
+      const std::vector<TokenId> ids = random_ids(200, random);
+      const size_t parts[] = {100, 5, 20, 1, 74};
+      for (const float logit : logits_in_parts(engine, ids, parts))
+        hash = (hash ^ std::bit_cast<uint32_t>(logit)) * 1099511628211u;
+    }
+  }
+  std::printf("hash %016llx\n", static_cast<unsigned long long>(hash));
+}
+
+TEST_CASE("exact logits are the same on every level of the instruction set") {
+  const auto hash_on = [](const std::string& level) {
+    const std::string command = "MORU_ISA=" + level + " /proc/" + std::to_string(::getpid()) +
+                                "/exe --no-skip --test-case='a hash of exact logits' 2>&1";
+    FILE* pipe = ::popen(command.c_str(), "r");
+    REQUIRE(pipe != nullptr);
+    std::string out;
+    for (int c = std::fgetc(pipe); c != EOF; c = std::fgetc(pipe)) out += static_cast<char>(c);
+    CHECK(::pclose(pipe) == 0);
+    const size_t at = out.find("hash ");
+    REQUIRE(at != std::string::npos);
+    return out.substr(at, 21);
+  };
+  const std::string scalar = hash_on("scalar");
+  for (const Isa level : {Isa::avx2, Isa::avx512}) {
+    if (level > isa()) {
+      MESSAGE("skipped: this processor has no " << std::string(name_of(level)));
+      continue;
+    }
+    CHECK(hash_on(name_of(level)) == scalar);
   }
 }
 
