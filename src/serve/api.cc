@@ -90,6 +90,7 @@ struct Api::Route {
 
 const Api::Route Api::kRoutes[] = {
     {"GET", "/health", false, &Api::health},
+    {"GET", "/metrics", false, &Api::metrics},
     {"GET", "/v1/models", true, &Api::models},
     {"GET", "/v1/models/", true, &Api::models},
     {"POST", "/v1/chat/completions", true, &Api::chat},
@@ -104,8 +105,9 @@ class Api::Call : public std::enable_shared_from_this<Call> {
 
   const HttpRequest& request() const { return exchange_->request(); }
 
-  void reply(std::string body) {
-    exchange_->send({.body = std::move(body), .headers = headers()});
+  void reply(std::string body, std::string content_type = "application/json") {
+    exchange_->send(
+        {.body = std::move(body), .headers = headers(), .content_type = std::move(content_type)});
     log(200);
   }
 
@@ -317,6 +319,34 @@ void Api::health(const std::shared_ptr<Call>& call) {
                                      {"answers_open", scheduler_.open_choices()},
                                      {"answers_max", scheduler_.max_choices()}}
                   .dump());
+}
+
+// The text format of Prometheus, version 0.0.4.
+void Api::metrics(const std::shared_ptr<Call>& call) {
+  const GeneratorLoad load = scheduler_.load();
+  std::string body;
+  const auto line = [&](const char* name, const char* type, const char* help, double value) {
+    body += fmt::format("# HELP moru_{} {}\n# TYPE moru_{} {}\nmoru_{} {}\n", name, help, name,
+                        type, name, value);
+  };
+  const auto count = [](size_t n) { return static_cast<double>(n); };
+  line("answers_open", "gauge", "Answers accepted and not ended.",
+       count(scheduler_.open_choices()));
+  line("answers_running", "gauge", "Answers that the last step could carry.", count(load.running));
+  line("answers_waiting", "gauge", "Answers that waited for room or for a prompt like theirs.",
+       count(load.waiting));
+  line("kv_pages", "gauge", "Pages of the cache of keys and values.", count(load.pages));
+  line("kv_pages_used", "gauge", "Pages in use, also by beginnings kept for later prompts.",
+       count(load.pages_used));
+  line("prompt_tokens_total", "counter", "Tokens of prompts computed.", count(load.prompt_tokens));
+  line("cached_tokens_total", "counter", "Tokens of prompts found in the cache.",
+       count(load.cached_tokens));
+  line("completion_tokens_total", "counter", "Tokens generated.", count(load.completion_tokens));
+  line("steps_total", "counter", "Steps of the engine.", count(load.steps));
+  line("step_seconds_total", "counter", "Time spent in steps.", load.step_seconds);
+  line("sent_back_total", "counter", "Times that an answer lost its cache to an older one.",
+       count(load.sent_back));
+  call->reply(std::move(body), "text/plain; version=0.0.4");
 }
 
 void Api::models(const std::shared_ptr<Call>& call) {

@@ -1,7 +1,7 @@
 // OpenAI's routes over a scheduler: reads a request, checks it, submits it, and writes its answers
 // as they come.
 //
-//   GET /health · GET /v1/models · GET /v1/models/{name}
+//   GET /health · GET /metrics · GET /v1/models · GET /v1/models/{name}
 //   POST /v1/chat/completions · POST /v1/completions
 #pragma once
 #include <cstdint>
@@ -42,6 +42,7 @@ class Api {
 
   void route(const std::shared_ptr<Call>& call);
   void health(const std::shared_ptr<Call>& call);
+  void metrics(const std::shared_ptr<Call>& call);
   void models(const std::shared_ptr<Call>& call);
   void chat(const std::shared_ptr<Call>& call);
   void completions(const std::shared_ptr<Call>& call);

@@ -51,7 +51,7 @@ std::string head_text(int status, bool close, const HttpHeaders& headers) {
 }
 
 std::string whole_text(const HttpReply& reply, bool close, bool without_body) {
-  HttpHeaders headers = {{"Content-Type", "application/json"},
+  HttpHeaders headers = {{"Content-Type", reply.content_type},
                          {"Content-Length", std::to_string(reply.body.size())}};
   headers.insert(headers.end(), reply.headers.begin(), reply.headers.end());
   std::string out = head_text(reply.status, close, headers);

@@ -31,7 +31,8 @@ struct HttpRequest {
 struct HttpReply {
   int status = 200;
   std::string body;
-  HttpHeaders headers;  // besides Content-Type: application/json, Content-Length and Connection
+  HttpHeaders headers;  // besides Content-Type, Content-Length and Connection
+  std::string content_type = "application/json";
 };
 
 // One request and the way back: exactly one send(), or one begin_events(), any event()s and one

@@ -48,13 +48,14 @@ struct Scheduler::State {
   bool stopping = false;
   uint64_t next_job = 1;
   size_t open_choices = 0;
+  GeneratorLoad load;
 
   // The thread's own.
   std::map<uint64_t, Running> jobs;
   std::map<uint64_t, Owner> owners;  // by the backend's numbers
   std::thread thread;
 
-  State(Backend& b, size_t most) : backend(b), max_choices(most) {}
+  State(Backend& b, size_t most) : backend(b), max_choices(most), load(b.load()) {}
 
   void run() {
     for (;;) {
@@ -75,6 +76,9 @@ struct Scheduler::State {
       for (const uint64_t number : cancelled) drop(number);
       if (end) fail_all(*end);
       if (!jobs.empty()) step();
+      const GeneratorLoad now = backend.load();
+      const std::lock_guard lock(mutex);
+      load = now;
     }
   }
 
@@ -212,6 +216,11 @@ void Scheduler::give_up(const ApiError& error) {
 size_t Scheduler::open_choices() const {
   const std::lock_guard lock(state_->mutex);
   return state_->open_choices;
+}
+
+GeneratorLoad Scheduler::load() const {
+  const std::lock_guard lock(state_->mutex);
+  return state_->load;
 }
 
 size_t Scheduler::max_choices() const { return state_->max_choices; }

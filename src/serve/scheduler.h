@@ -44,6 +44,7 @@ class Scheduler {
   void give_up(const ApiError& error);
 
   size_t open_choices() const;  // accepted and not ended
+  GeneratorLoad load() const;   // the backend's, after the last step
   size_t max_choices() const;
 
  private:

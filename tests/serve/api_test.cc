@@ -404,3 +404,30 @@ TEST_CASE("each request leaves one line in the log, without what was said") {
   CHECK(server.log()[1]["route"] == "GET /health");
   CHECK(server.log()[2]["status"] == 400);
 }
+
+TEST_CASE("metrics are Prometheus text, for anyone, and say what the last step left") {
+  TestServer server({.api_key = "secret"});
+  Client client(server.port());
+  const auto value = [&](const std::string& name) {
+    const Response reply = client.get("/metrics");
+    CHECK(reply.status == 200);
+    CHECK(reply.headers.at("content-type") == "text/plain; version=0.0.4");
+    const size_t type = reply.body.find("# TYPE moru_" + name + " ");
+    const size_t at = reply.body.find("\nmoru_" + name + " ");
+    REQUIRE(type != std::string::npos);
+    REQUIRE(at != std::string::npos);
+    CHECK(type < at);
+    return std::stod(reply.body.substr(at + 7 + name.size()));
+  };
+  CHECK(value("answers_open") == 0);
+  CHECK(value("kv_pages") == 100);
+  CHECK(value("steps_total") == 0);
+  server.backend.hold = true;
+  Client asking(server.port());
+  asking.post_only(kChat, chat_body("abc"), "Authorization: Bearer secret\r\n");
+  CHECK(comes_true([&] { return value("answers_running") == 1; }));
+  CHECK(value("answers_open") == 1);
+  CHECK(comes_true([&] { return value("steps_total") > 2; }));
+  server.backend.hold = false;
+  CHECK(comes_true([&] { return value("answers_open") == 0; }));
+}

@@ -61,6 +61,13 @@ class FakeBackend final : public Backend {
   void cancel(uint64_t request) override {
     cancelled += open_.remove_if([&](const Open& o) { return o.number == request; });
   }
+  GeneratorLoad load() const override {
+    GeneratorLoad load;
+    load.running = open_.size();
+    load.steps = steps;
+    load.pages = 100;
+    return load;
+  }
   bool busy() const override { return !open_.empty(); }
   void step(const std::function<void(const GenerationEvent&)>& emit) override {
     ++steps;
