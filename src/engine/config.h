@@ -45,9 +45,9 @@ struct RopeConfig {
 
 // A layer whose feed-forward part is many experts, of which each token takes a few.
 struct ExpertsConfig {
-  size_t count = 0;   // 0: the model has no such layers
-  size_t chosen = 0;  // of each token
-  size_t width = 0;   // of an expert's hidden rows
+  size_t count = 0;         // 0: the model has no such layers
+  size_t chosen = 0;        // of each token
+  size_t width = 0;         // of an expert's hidden rows
   size_t shared_width = 0;  // of the expert that every token takes; 0: there is none
   bool renormalise = true;  // the chosen experts' weights sum to 1
 };
@@ -65,14 +65,14 @@ struct Config {
   float attn_scale = 0;                       // of the scores
   float attn_softcap = 0, final_softcap = 0;  // 0: none
   float embedding_scale = 1;
-  float residual_scale = 1;    // of what each sub-layer adds to x
-  float logit_scale = 1;       // always a multiplier
-  bool attn_sinks = false;     // a learnt term in each head's softmax sum
+  float residual_scale = 1;  // of what each sub-layer adds to x
+  float logit_scale = 1;     // always a multiplier
+  bool attn_sinks = false;   // a learnt term in each head's softmax sum
   ExpertsConfig experts;
-  RopeConfig rope;             // of full-attention layers
-  RopeConfig local_rope;       // of windowed layers
-  size_t window = 0;           // tokens a windowed layer sees; 0: no layer is windowed
-  std::vector<bool> windowed;  // by layer; empty: none
+  RopeConfig rope;              // of full-attention layers
+  RopeConfig local_rope;        // of windowed layers
+  size_t window = 0;            // tokens a windowed layer sees; 0: no layer is windowed
+  std::vector<bool> windowed;   // by layer; empty: none
   std::vector<bool> placeless;  // by layer: no rotation at all; empty: none
 
   size_t q_width() const { return heads * head_dim; }

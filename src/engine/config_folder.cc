@@ -162,9 +162,9 @@ void read_rope(const Family& family, const Keys& keys, const Json& j, const Json
   } else if (type == "yarn") {
     out.scaling = RopeConfig::Scaling::yarn;
     out.original_context = original();
-    out.factor = keys.positive(
-        "factor", number(keys, rope, "factor",
-                         static_cast<double>(c.context) / static_cast<double>(out.original_context)));
+    out.factor = keys.positive("factor", number(keys, rope, "factor",
+                                                static_cast<double>(c.context) /
+                                                    static_cast<double>(out.original_context)));
     out.beta_fast = keys.positive("beta_fast", number(keys, rope, "beta_fast", 32));
     out.beta_slow = keys.positive("beta_slow", number(keys, rope, "beta_slow", 1));
     out.truncate = flag(keys, rope, "truncate", true);
@@ -179,8 +179,7 @@ void read_rope(const Family& family, const Keys& keys, const Json& j, const Json
     out.scaling = RopeConfig::Scaling::longrope;
     out.original_context = original();
     const double before = static_cast<double>(out.original_context);
-    const double factor =
-        number(keys, rope, "factor", static_cast<double>(c.context) / before);
+    const double factor = number(keys, rope, "factor", static_cast<double>(c.context) / before);
     const double usual = factor <= 1 ? 1 : std::sqrt(1 + std::log(factor) / std::log(before));
     out.magnitude =
         keys.positive("attention_factor", number(keys, rope, "attention_factor", usual));
@@ -279,10 +278,10 @@ void read_experts(const Family& family, const Keys& keys, const Json& j, Config&
   c.experts.count = keys.size(count, integer(keys, j, count), kMaxExperts);
   c.experts.chosen =
       keys.size("num_experts_per_tok", integer(keys, j, "num_experts_per_tok"), kMaxExperts);
-  c.experts.width = integer(keys, j, "moe_intermediate_size")
-                        ? keys.size("moe_intermediate_size",
-                                    integer(keys, j, "moe_intermediate_size"), kMaxWidth)
-                        : c.ffn_width;
+  c.experts.width =
+      integer(keys, j, "moe_intermediate_size")
+          ? keys.size("moe_intermediate_size", integer(keys, j, "moe_intermediate_size"), kMaxWidth)
+          : c.ffn_width;
   c.experts.shared_width = integer(keys, j, "shared_expert_intermediate_size").value_or(0);
   // transformers' classes say false where the key is absent, those without the key renormalise.
   const bool has_key = given(j, "norm_topk_prob") != nullptr;
@@ -342,15 +341,16 @@ Config config_of_folder(const Family& family, const std::string& where, const Js
   if (const double scalar = number(keys, j, "query_pre_attn_scalar", 0); scalar != 0)
     c.attn_scale = 1 / std::sqrt(keys.positive("query_pre_attn_scalar", scalar));
   if (given(j, "attention_multiplier"))
-    c.attn_scale = keys.positive("attention_multiplier", number(keys, j, "attention_multiplier", 1));
+    c.attn_scale =
+        keys.positive("attention_multiplier", number(keys, j, "attention_multiplier", 1));
   c.embedding_scale =
       keys.positive("embedding_multiplier", number(keys, j, "embedding_multiplier", 1));
   c.residual_scale =
       keys.positive("residual_multiplier", number(keys, j, "residual_multiplier", 1));
   if (family.logit_scale != LogitScale::none) {
-    const float scale = keys.positive(
-        family.logit_scale_key,
-        number(keys, j, family.logit_scale_key, family.default_logit_scale));
+    const float scale =
+        keys.positive(family.logit_scale_key,
+                      number(keys, j, family.logit_scale_key, family.default_logit_scale));
     c.logit_scale = family.logit_scale == LogitScale::divides ? 1 / scale : scale;
   }
   if ((family.features & kOptionalPostNorm) != 0 && !flag(keys, j, "use_post_norm", true))

@@ -28,8 +28,7 @@ void read_windows(const Family& family, const Keys& keys, const GgufMetadata& m,
       keys.refuse(key, fmt::format("does not hold a flag for each of {} layers", config.layers));
     config.windowed = *flags;
   } else if (value != nullptr) {
-    config.windowed =
-        periodic_windows(config.layers, keys.size(key, m.integer(key), kMaxLayers));
+    config.windowed = periodic_windows(config.layers, keys.size(key, m.integer(key), kMaxLayers));
   } else if (family.window_period != 0) {
     config.windowed = periodic_windows(config.layers, family.window_period);
   } else {
@@ -43,8 +42,7 @@ void read_placeless(const Family& family, const Keys& keys, const GgufMetadata& 
   const std::string key = prefix + "attention.rope_pattern";
   if (const GgufValue* value = m.find(key)) {
     const auto* array = std::get_if<GgufArray>(value);
-    const auto* flags =
-        array == nullptr ? nullptr : std::get_if<std::vector<bool>>(&array->values);
+    const auto* flags = array == nullptr ? nullptr : std::get_if<std::vector<bool>>(&array->values);
     if (flags == nullptr || flags->size() != config.layers)
       keys.refuse(key, fmt::format("does not hold a flag for each of {} layers", config.layers));
     config.placeless = *flags;
@@ -76,9 +74,8 @@ void read_rope(const Family& family, const Keys& keys, const GgufMetadata& m,
     rope.beta_fast = number("scaling.yarn_beta_fast", 32);
     rope.beta_slow = number("scaling.yarn_beta_slow", 1);
     const double usual = rope.factor <= 1 ? 1 : 0.1 * std::log(double{rope.factor}) + 1;
-    rope.magnitude =
-        static_cast<float>(double{number("scaling.yarn_attn_factor", 1)} *
-                           double{number("scaling.attn_factor", 1)} * usual);
+    rope.magnitude = static_cast<float>(double{number("scaling.yarn_attn_factor", 1)} *
+                                        double{number("scaling.attn_factor", 1)} * usual);
   } else if (scaling == "longrope") {
     rope.magnitude = number("scaling.attn_factor", 1);
   } else if (scaling != "none") {
@@ -97,8 +94,8 @@ void read_experts(const Family& family, const Keys& keys, const GgufMetadata& m,
     return;
   }
   const auto size = [&](std::string_view name, uint64_t max) {
-    return keys.size(fmt::format("{}{}", prefix, name), m.integer(fmt::format("{}{}", prefix, name)),
-                     max);
+    return keys.size(fmt::format("{}{}", prefix, name),
+                     m.integer(fmt::format("{}{}", prefix, name)), max);
   };
   ExpertsConfig& experts = config.experts;
   experts.count = size("expert_count", kMaxExperts);
@@ -107,8 +104,7 @@ void read_experts(const Family& family, const Keys& keys, const GgufMetadata& m,
                       ? size("expert_feed_forward_length", kMaxWidth)
                       : config.ffn_width;
   experts.shared_width = m.integer(prefix + "expert_shared_feed_forward_length").value_or(0);
-  experts.renormalise =
-      m.boolean(prefix + "expert_weights_norm").value_or(family.renormalises);
+  experts.renormalise = m.boolean(prefix + "expert_weights_norm").value_or(family.renormalises);
   if (const double scale = m.number(prefix + "expert_weights_scale").value_or(1);
       scale != 1 && scale != 0)
     keys.unsupported(prefix + "expert_weights_scale", fmt::format("{}", scale));
@@ -170,8 +166,7 @@ Config config_of_gguf(const Family& family, const GgufMetadata& m, RopeFactors f
   };
   c.attn_softcap = cap("attn_logit_softcapping", family.default_attn_softcap);
   c.final_softcap = cap("final_logit_softcapping", family.default_final_softcap);
-  if ((family.features & kOptionalPostNorm) != 0 &&
-      !m.boolean(key("use_post_norm")).value_or(true))
+  if ((family.features & kOptionalPostNorm) != 0 && !m.boolean(key("use_post_norm")).value_or(true))
     c.norm_layout = NormLayout::pre;
   read_windows(family, keys, m, prefix, c);
   if (family.placeless == Placeless::listed) read_placeless(family, keys, m, prefix, c);
@@ -252,11 +247,11 @@ GgufMetadata gguf_metadata_of(const Family& family, const Config& c) {
   }
   if (c.attn_scale != 1 / std::sqrt(static_cast<float>(c.head_dim)))
     f32("attention.scale", c.attn_scale);
-  if (!family.scales_embedding && c.embedding_scale != 1)
-    f32("embedding_scale", c.embedding_scale);
+  if (!family.scales_embedding && c.embedding_scale != 1) f32("embedding_scale", c.embedding_scale);
   if (c.residual_scale != 1) f32("residual_scale", c.residual_scale);
   if (family.logit_scale != LogitScale::none)
-    f32("logit_scale", family.logit_scale == LogitScale::divides ? 1 / c.logit_scale : c.logit_scale);
+    f32("logit_scale",
+        family.logit_scale == LogitScale::divides ? 1 / c.logit_scale : c.logit_scale);
   if (c.attn_softcap != family.default_attn_softcap || c.attn_softcap != 0)
     f32("attn_logit_softcapping", c.attn_softcap);
   if (c.final_softcap != family.default_final_softcap || c.final_softcap != 0)

@@ -51,18 +51,18 @@ enum class LogitScale : uint8_t { none, multiplies, divides };
 // name the feature refuses the key, unless its value is neutral.
 enum Feature : unsigned {
   kNoFeature = 0,
-  kMultipliers = 1,     // embedding_multiplier, attention_multiplier, residual_multiplier
-  kSoftcaps = 2,        // attn_logit_softcapping, final_logit_softcapping
-  kQueryScalar = 4,     // query_pre_attn_scalar
-  kPartialRotary = 8,   // partial_rotary_factor
-  kRopeAlpha = 16,      // rope type dynamic with a fixed alpha
+  kMultipliers = 1,        // embedding_multiplier, attention_multiplier, residual_multiplier
+  kSoftcaps = 2,           // attn_logit_softcapping, final_logit_softcapping
+  kQueryScalar = 4,        // query_pre_attn_scalar
+  kPartialRotary = 8,      // partial_rotary_factor
+  kRopeAlpha = 16,         // rope type dynamic with a fixed alpha
   kOptionalPostNorm = 32,  // use_post_norm: sandwich if true, else pre
 };
 
 struct Family {
-  std::string_view name;          // what people call it
-  std::string_view gguf;          // general.architecture
-  std::string_view architecture;  // config.json's architectures[0]
+  std::string_view name;               // what people call it
+  std::string_view gguf;               // general.architecture
+  std::string_view architecture;       // config.json's architectures[0]
   bool gguf_interleaves_qk = false;    // the file's rotary pairs are neighbours
   bool folder_interleaves_qk = false;  // likewise
   float norm_offset = 0;               // to add to a folder's gains of norms
@@ -74,9 +74,9 @@ struct Family {
   bool tied_by_default = false;
   double default_theta = 10000;
   Windows windows = Windows::never;
-  size_t window_period = 0;     // of Windows::periodic and Placeless::listed
-  size_t default_window = 0;    // where a file names none
-  double local_theta = 0;       // of windowed layers, unscaled; 0: they rotate as the others do
+  size_t window_period = 0;   // of Windows::periodic and Placeless::listed
+  size_t default_window = 0;  // where a file names none
+  double local_theta = 0;     // of windowed layers, unscaled; 0: they rotate as the others do
   Placeless placeless = Placeless::none;
   LogitScale logit_scale = LogitScale::none;
   std::string_view logit_scale_key = "";  // of config.json
@@ -109,7 +109,8 @@ inline constexpr uint64_t kMaxLayers = 1024, kMaxWidth = 1 << 20, kMaxVocab = 1 
 
 // A config with what the row alone decides.
 Config begin_config(const Family& family);
-// What holds for every source once the numbers are in: defaults that follow from others, and checks.
+// What holds for every source once the numbers are in: defaults that follow from others, and
+// checks.
 void finish_config(const Family& family, const Keys& keys, Config& config);
 // The layers that see a window: all but every n-th; or from `first` on.
 std::vector<bool> periodic_windows(size_t layers, size_t period);

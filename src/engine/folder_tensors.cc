@@ -183,8 +183,8 @@ std::span<const std::byte> assembled_row(const Assembly& a, size_t row,
   // Element c of the row stands `stride` after element c − 1.
   const bool values = a.form == FolderForm::even_values || a.form == FolderForm::odd_values;
   const size_t size = bytes_of(a.parts[0]->type, 1), across = a.parts[0]->shape.back();
-  const size_t begin = values ? expert * across + a.first
-                              : expert * a.cols * across + within * a.step + a.first;
+  const size_t begin =
+      values ? expert * across + a.first : expert * a.cols * across + within * a.step + a.first;
   const size_t stride = values ? a.step : across;
   room.resize(a.cols * size);
   const std::byte* from = a.parts[0]->data.data();

@@ -54,7 +54,8 @@ struct Loader {
     Vector values(tensor.count());
     std::vector<std::byte> room;
     for (size_t r = 0; r < values.size() / cols; ++r)
-      dequantize(tensor.type, files.row(tensor, r, room), std::span(values).subspan(r * cols, cols));
+      dequantize(tensor.type, files.row(tensor, r, room),
+                 std::span(values).subspan(r * cols, cols));
     for (float& value : values) value += offset;
     return values;
   }
@@ -183,8 +184,8 @@ struct Loader {
     if (layout != NormLayout::post) l.attn_norm = norm(name("attn_norm.weight"), c.width);
     if (layout == NormLayout::pre || layout == NormLayout::sandwich) {
       // gpt-oss's files name the norm between the halves by the half before it.
-      const bool between = files.find(name("ffn_norm.weight")) == nullptr &&
-                           layout == NormLayout::pre;
+      const bool between =
+          files.find(name("ffn_norm.weight")) == nullptr && layout == NormLayout::pre;
       l.ffn_norm = norm(name(between ? "post_attention_norm.weight" : "ffn_norm.weight"), c.width);
     }
     if (layout == NormLayout::post || layout == NormLayout::sandwich) {

@@ -52,8 +52,8 @@ using Vector = std::vector<float>;  // a norm's gain or a bias; empty where ther
 
 // The experts of one layer (engine/moe.h).
 struct Experts {
-  std::vector<float> router;  // [experts, width]
-  Vector router_bias;         // [experts]
+  std::vector<float> router;             // [experts, width]
+  Vector router_bias;                    // [experts]
   std::vector<Matrix> gate, up, down;    // by expert
   Vector gate_bias, up_bias, down_bias;  // [experts, …]
   Matrix shared_gate, shared_up, shared_down;

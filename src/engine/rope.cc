@@ -19,8 +19,7 @@ double turns_within(const RopeConfig& rope, double frequency) {
 // Long waves turn slower by `factor`, short ones as they did, a ramp between.
 double llama3_divisor(const RopeConfig& rope, double frequency) {
   const double low = double{rope.low_freq_factor}, high = double{rope.high_freq_factor};
-  const double ramp =
-      std::clamp((turns_within(rope, frequency) - low) / (high - low), 0.0, 1.0);
+  const double ramp = std::clamp((turns_within(rope, frequency) - low) / (high - low), 0.0, 1.0);
   return 1 / ((1 - ramp) / double{rope.factor} + ramp);
 }
 

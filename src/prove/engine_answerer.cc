@@ -39,8 +39,8 @@ Answerer make_answerer(std::string name, std::string model_sha256, Engine& engin
                     .engine = std::string(name_of(engine.model().profile)) + " " +
                               sha256(frame + "\n" + style.plain_template + "\n" + style.system),
                     .threads = engine.pool().size()};
-  const auto generator = std::make_shared<Generator>(
-      engine, files.tokenizer, GeneratorOptions{.sequences = answerer.batch});
+  const auto generator = std::make_shared<Generator>(engine, files.tokenizer,
+                                                     GeneratorOptions{.sequences = answerer.batch});
   answerer.generate = [generator, &files, style](QuestionBatch questions,
                                                  const AnswerLimits& limits) {
     std::vector<GenerationRequest> requests;

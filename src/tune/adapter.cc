@@ -370,12 +370,12 @@ void merged_values(const ModelFiles& files, const Lora& lora, const Tensor& tens
     dequantize(tensor.type, files.row(tensor, row, room), out.subspan(row * cols, cols));
   for (const auto [projection, first] : places.projections) {
     // A projection that learnt whole is its rows of a tensor that holds several.
-    const std::string name =
-        fmt::format("blk.{}.{}.weight", places.layer, traits(projection).gguf);
+    const std::string name = fmt::format("blk.{}.{}.weight", places.layer, traits(projection).gguf);
     if (const WholeWeight* whole = lora.find_whole(name); whole != nullptr && fused) {
       const std::span<const float> learnt = lora.of(*whole);
       MORU_CHECK(first * cols + learnt.size() <= out.size());
-      std::copy(learnt.begin(), learnt.end(), out.begin() + static_cast<std::ptrdiff_t>(first * cols));
+      std::copy(learnt.begin(), learnt.end(),
+                out.begin() + static_cast<std::ptrdiff_t>(first * cols));
     }
     const LoraPair& pair = lora.layers.at(places.layer)[static_cast<size_t>(projection)];
     if (pair.rank == 0) continue;

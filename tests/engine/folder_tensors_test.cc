@@ -53,15 +53,16 @@ TEST_CASE("experts in MXFP4 have a folder's values: two neighbours a byte, gate 
       {prefix + "scales", DType::i8, {2, 4, 1}, std::as_bytes(std::span(scales))}};
   write_safetensors(temp.path() / "model.safetensors", tensors, {});
   const SafetensorsFolder folder(temp.path());
-  const FolderTensors found = match_folder_tensors(family("GptOssForCausalLM"), config_of(2), folder);
+  const FolderTensors found =
+      match_folder_tensors(family("GptOssForCausalLM"), config_of(2), folder);
   CHECK(found.unmatched.empty());
   const Tensor& up = found.tensors[index_of(found, "blk.0.ffn_up_exps.weight")];
   CHECK(up.type == DType::mxfp4);
   CHECK(up.shape == std::vector<size_t>{2, 2, 32});
   constexpr float kValues[] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6};
   for (size_t row = 0; row < 4; ++row)
-    for (const auto& [name, stored] :
-         {std::pair{"blk.0.ffn_gate_exps.weight", 2 * row}, {"blk.0.ffn_up_exps.weight", 2 * row + 1}}) {
+    for (const auto& [name, stored] : {std::pair{"blk.0.ffn_gate_exps.weight", 2 * row},
+                                       {"blk.0.ffn_up_exps.weight", 2 * row + 1}}) {
       const std::vector<float> values = row_of(found, name, row);
       for (size_t i = 0; i < 32; ++i)
         CHECK(values[i] == std::ldexp(kValues[(stored + i) % 16], static_cast<int>(stored)));
@@ -84,8 +85,8 @@ TEST_CASE("an expert that is missing, and one of another shape, are told by name
   const Error missing = error_with({{name(0), DType::f32, {4, 16}, bytes}});
   CHECK(missing.kind() == ErrorKind::bad_input);
   CHECK(missing.where() == name(1));
-  const Error other = error_with(
-      {{name(0), DType::f32, {4, 16}, bytes}, {name(1), DType::f32, {16, 4}, bytes}});
+  const Error other =
+      error_with({{name(0), DType::f32, {4, 16}, bytes}, {name(1), DType::f32, {16, 4}, bytes}});
   CHECK(other.where() == name(1));
 }
 

@@ -1,5 +1,7 @@
 // Every family of the table against transformers, on tiny models with computed weights
 // (tests/parity/expect_families.py).
+#include "engine/families.h"
+
 #include <doctest/doctest.h>
 
 #include <cmath>
@@ -8,7 +10,6 @@
 
 #include "base/files.h"
 #include "base/random.h"
-#include "engine/families.h"
 #include "engine/forward.h"
 #include "engine/training.h"
 #include "formats/safetensors.h"
@@ -77,8 +78,7 @@ void write_folder(const std::filesystem::path& folder, const Json& golden) {
     values.push_back(weights_of(name, shape));
     tensors.push_back({name, DType::f32, shape, {}});
   }
-  for (size_t i = 0; i < tensors.size(); ++i)
-    tensors[i].data = std::as_bytes(std::span(values[i]));
+  for (size_t i = 0; i < tensors.size(); ++i) tensors[i].data = std::as_bytes(std::span(values[i]));
   write_safetensors_folder(folder, tensors, size_t{1} << 30);
 }
 
@@ -155,7 +155,8 @@ TEST_CASE("the exact profile of every family is f32 on its quantized weights") {
     const ModelFiles files = open_model(temp.path() / "model.gguf");
     const LoadOptions exact{.profile = Profile::exact, .context = kContext};
     const LoadOptions f32{.profile = Profile::f32, .context = kContext};
-    const Model quantized = load_model(pool, files, exact), reference = load_model(pool, files, f32);
+    const Model quantized = load_model(pool, files, exact),
+                reference = load_model(pool, files, f32);
     REQUIRE(quantized.embedding.quantized() != nullptr);
     Engine left(pool, quantized, {.cache_tokens = 512, .kv_type = KvType::f32});
     Engine right(pool, reference, {.cache_tokens = 512, .kv_type = KvType::f32});
@@ -177,7 +178,8 @@ TEST_CASE("the exact profile of every family is f32 on its quantized weights") {
   }
 }
 
-TEST_CASE("families that are known and not computed are refused by name, with what to take instead") {
+TEST_CASE(
+    "families that are known and not computed are refused by name, with what to take instead") {
   const auto refused_folder = [](const char* architecture) {
     return error_from([&] {
       family_of_folder("config.json", Json{{"architectures", {architecture}}});
@@ -201,32 +203,35 @@ TEST_CASE("families that are known and not computed are refused by name, with wh
         "the family Grok (grok) is not supported");
 }
 
-TEST_CASE("a key that changes the result and that a family does not have is refused by key and value") {
-  const Json golden = Json::parse(
-      read_file(MORU_SOURCE_DIR "/tests/golden/families/llama_bias.json"));
+TEST_CASE(
+    "a key that changes the result and that a family does not have is refused by key and value") {
+  const Json golden =
+      Json::parse(read_file(MORU_SOURCE_DIR "/tests/golden/families/llama_bias.json"));
   const Family& llama = family_of_folder("config.json", golden["config"]);
   const auto error_with = [&](const char* key, const Json& value) {
     Json config = golden["config"];
     config[key] = value;
     return error_from([&] { config_of_folder(llama, "config.json", config); });
   };
-  for (const auto& [key, value] : std::vector<std::pair<const char*, Json>>{
-           {"use_cla", true},
-           {"pretraining_tp", 2},
-           {"mlp_bias", true},
-           {"attn_logit_softcapping", 50.0},
-           {"embedding_multiplier", 12.0},
-           {"logits_scaling", 8.0},
-           {"logit_scale", 0.0625},
-           {"sliding_window", 4096},
-           {"num_local_experts", 8},
-           {"hidden_act", "relu"},
-           {"rope_scaling", {{"rope_type", "mrope"}}},
-           {"partial_rotary_factor", 0.5}}) {
+  for (const auto& [key, value] :
+       std::vector<std::pair<const char*, Json>>{{"use_cla", true},
+                                                 {"pretraining_tp", 2},
+                                                 {"mlp_bias", true},
+                                                 {"attn_logit_softcapping", 50.0},
+                                                 {"embedding_multiplier", 12.0},
+                                                 {"logits_scaling", 8.0},
+                                                 {"logit_scale", 0.0625},
+                                                 {"sliding_window", 4096},
+                                                 {"num_local_experts", 8},
+                                                 {"hidden_act", "relu"},
+                                                 {"rope_scaling", {{"rope_type", "mrope"}}},
+                                                 {"partial_rotary_factor", 0.5}}) {
     CAPTURE(key);
     const Error e = error_with(key, value);
     CHECK(e.kind() == ErrorKind::unsupported);
-    const std::string shown = value.is_object() ? "mrope" : value.is_string() ? "relu" : value.dump();
+    const std::string shown = value.is_object()   ? "mrope"
+                              : value.is_string() ? "relu"
+                                                  : value.dump();
     CHECK(e.problem() == "'" + shown + "' is not supported");
   }
   // Values that change nothing are fine.
@@ -247,9 +252,10 @@ TEST_CASE("models with a flag that has no backward pass are refused for training
            {"hunyuan", "norms of queries and keys after rotation"}}) {
     CAPTURE(name);
     const TempDir temp;
-    write_folder(temp.path() / "hf", Json::parse(read_file(std::filesystem::path(
-                                         MORU_SOURCE_DIR "/tests/golden/families") /
-                                     (name + ".json"))));
+    write_folder(
+        temp.path() / "hf",
+        Json::parse(read_file(std::filesystem::path(MORU_SOURCE_DIR "/tests/golden/families") /
+                              (name + ".json"))));
     Model model =
         load_model(pool, open_model(temp.path() / "hf"), {.profile = Profile::f32, .context = 32});
     Lora lora;
