@@ -40,6 +40,7 @@ void RowCost::learn(size_t rows, double seconds) {
 }
 
 double RowCost::seconds(size_t rows) const {
+  if (rows > kMostRows) return 0;
   size_t below = rows, above = rows;
   while (below > 0 && seconds_[below] == 0) --below;
   while (above <= kMostRows && seconds_[above] == 0) ++above;
