@@ -236,7 +236,7 @@ class Builder {
           name.starts_with("x-"))
         continue;
       if (std::any_of(kTypedKeywords.begin(), kTypedKeywords.end(),
-                      [&](const TypedKeyword& k) { return k.name == name; }))
+                      [&word = name](const TypedKeyword& k) { return k.name == word; }))
         continue;
       unsupported(place, name, "is a keyword that is not supported", "leave it out");
     }
