@@ -357,7 +357,8 @@ MORU_INLINE void add_quads(const uint8_t* unit, const int8_t* x, size_t stride,
   for (int i = 0; i < 4; ++i)
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t)
-      A::add(dots[t], i, w[i], x + static_cast<size_t>(t) * stride + A::kQuadBytes * (kFirst + i));
+      A::add(dots[t], i, w[i],
+             x + static_cast<size_t>(t) * stride + A::kQuadBytes * static_cast<size_t>(kFirst + i));
 }
 
 // Where a token's numbers of the block at hand stand.
