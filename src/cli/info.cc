@@ -54,7 +54,7 @@ void info(const InfoFlags& flags) {
     for (Share* share : {&by_type[std::string(traits(tensor.type).name)], &all}) {
       ++share->tensors;
       share->elements += tensor.count();
-      share->bytes += tensor.data.size();
+      share->bytes += bytes_of(tensor.type, tensor.count());  // data may be in several places
     }
   }
   const nlohmann::ordered_json message = {{{"role", "user"}, {"content", flags.example}}};
@@ -90,7 +90,7 @@ void info(const InfoFlags& flags) {
         out["tensors"].push_back({{"name", tensor.name},
                                   {"type", traits(tensor.type).name},
                                   {"shape", tensor.shape},
-                                  {"bytes", tensor.data.size()}});
+                                  {"bytes", bytes_of(tensor.type, tensor.count())}});
     fmt::print("{}\n", out.dump(2));
     return;
   }
