@@ -34,12 +34,12 @@ class Runner:
     def __init__(self, args):
         self.args = args
 
-    def run(self, command, env=None):
+    def run(self, command, env=None, with_log=False):
         command = shlex.split(self.args.wrap) + [str(c) for c in command]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()[-300:]}")
-        return done.stdout
+        return done.stdout + done.stderr if with_log else done.stdout
 
     def moru(self, model, *flags, env=None):
         out = self.run([self.args.moru, "bench", model, "--threads", self.args.threads, "--json", *flags], env)
@@ -53,7 +53,8 @@ class Runner:
     def batched(self, folder, model, batch, *flags):
         """Tokens decoded a second, from llama.cpp's JSON or ik_llama.cpp's table."""
         out = self.run([f"{folder}/llama-batched-bench", "-m", model, "-t", self.args.threads, "-c", 256 * batch,
-                        "-b", 512, "-ub", 512, "-npp", 128, "-ntg", 64, "-npl", batch, *flags])
+                        "-b", 512, "-ub", 512, "-npp", 128, "-ntg", 64, "-npl", batch, *flags],
+                       with_log=True)  # where ik_llama.cpp's table stands
         row = [line for line in out.splitlines() if line.startswith(("|", "{"))][-1]
         return json.loads(row)["speed_tg"] if row.startswith("{") else float(row.split("|")[8])
 

@@ -221,7 +221,16 @@ void bench_model(const BenchFlags& flags) {
   const Stopwatch load_watch;
   const ModelFiles files = open_model(flags.model.path);
   Pool pool(flags.model.pool_size());
-  const Model model = load_model(pool, files, flags.model.load_options());
+  // Positions are prepared for what is measured, also beyond what the model was trained for.
+  LoadOptions options = flags.model.load_options();
+  const size_t needed = flags.depth + std::max(flags.prompt, flags.generate);
+  if (options.context != 0 && options.context < needed)
+    throw Error(ErrorKind::usage,
+                {.where = "--context",
+                 .what = fmt::format("is {}, but {} tokens are measured", options.context, needed),
+                 .cure = "leave it out, or measure fewer"});
+  options.context = std::max<size_t>(options.context, needed);
+  const Model model = load_model(pool, files, options);
   const double load_seconds = load_watch.seconds();
   const uint64_t loaded_bytes = peak_memory_bytes();
   ModelBench run(flags, pool, model);
