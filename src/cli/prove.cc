@@ -9,6 +9,7 @@
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/hash.h"
+#include "cli/adapter_flags.h"
 #include "cli/commands.h"
 #include "cli/model_flags.h"
 #include "prove/divergence.h"
@@ -20,6 +21,7 @@ namespace {
 struct ProveFlags {
   ModelFlags model;
   CacheFlags cache;
+  AdapterFlags adapter;
   std::string questions, results, compare_with;
   std::string check;
   QuestionOptions rows;
@@ -60,8 +62,14 @@ void print_comparison(const Comparison& c, const Results& mine, const std::strin
 
 void ask(const ProveFlags& flags, const ModelFiles& files, Engine& engine) {
   const QuestionSet questions = read_questions(flags.questions, flags.rows);
-  const Answerer answerer = make_answerer(files.path.filename().string(),
-                                          sha256_of_path(files.path), engine, files, flags.style);
+  // An adapter makes another model of the same file.
+  std::string name = files.path.filename().string(), hash = sha256_of_path(files.path);
+  if (const std::string& adapter = flags.adapter.folder; !adapter.empty()) {
+    name += " with " + std::filesystem::path(adapter).filename().string();
+    hash = sha256(hash + " " + sha256_of_path(adapter));
+  }
+  const Answerer answerer =
+      make_answerer(std::move(name), std::move(hash), engine, files, flags.style);
   const Results results = prove(
       questions, answerer,
       {.limits = flags.limits,
@@ -141,7 +149,10 @@ void run_prove(const ProveFlags& flags) {
   LoadOptions options = flags.model.load_options();
   if (options.context == 0) options.context = std::min<size_t>(files.config.context, 8192);
   const Model model = load_model(pool, files, options);
-  Engine engine(pool, model, flags.cache.engine_options());
+  const std::optional<Adapter> adapter = flags.adapter.load(model.config);
+  EngineOptions engine_options = flags.cache.engine_options();
+  engine_options.adapter = adapter ? &*adapter : nullptr;
+  Engine engine(pool, model, engine_options);
   if (!flags.text.empty()) return diverge(flags, pool, files, engine);
   ask(flags, files, engine);
 }
@@ -153,6 +164,7 @@ void add_prove(CLI::App& app) {
   CLI::App* cmd = app.add_subcommand("prove", "Ask a model your questions; or compare it by KLD");
   flags->model.add_to(*cmd);
   flags->cache.add_to(*cmd);
+  flags->adapter.add_to(*cmd);
   cmd->add_option("-q,--questions", flags->questions, "JSONL, JSON or CSV of questions");
   cmd->add_option("--results", flags->results, "keep every answer here; resumes");
   cmd->add_option("--compare", flags->compare_with, "results of another model, to pair with");

@@ -12,6 +12,7 @@
 #include "base/cpu.h"
 #include "base/error.h"
 #include "base/files.h"
+#include "cli/adapter_flags.h"
 #include "cli/commands.h"
 #include "cli/model_flags.h"
 #include "engine/constraint.h"
@@ -25,6 +26,7 @@ namespace {
 struct RunFlags {
   ModelFlags model;
   CacheFlags cache;
+  AdapterFlags adapter;
   std::string prompt, system;
   std::string json_schema, regex;  // a file, an expression
   bool raw = false, json = false, json_object = false, drafts = true;
@@ -88,7 +90,10 @@ void run(const RunFlags& flags) {
                                    .cure = "use --raw to complete plain text"});
   Pool pool(flags.model.pool_size());
   const Model model = load_model(pool, files, flags.model.load_options());
-  Engine engine(pool, model, flags.cache.engine_options());
+  const std::optional<Adapter> adapter = flags.adapter.load(model.config);
+  EngineOptions engine_options = flags.cache.engine_options();
+  engine_options.adapter = adapter ? &*adapter : nullptr;
+  Engine engine(pool, model, engine_options);
   Generator generator(engine, files.tokenizer);
 
   nlohmann::ordered_json messages = nlohmann::ordered_json::array();
@@ -133,6 +138,7 @@ void add_run(CLI::App& app) {
   CLI::App* cmd = app.add_subcommand("run", "Chat with a model, or complete a text");
   flags->model.add_to(*cmd);
   flags->cache.add_to(*cmd);
+  flags->adapter.add_to(*cmd);
   cmd->add_option("-p,--prompt", flags->prompt, "one message; without it, read them line by line");
   cmd->add_option("--system", flags->system, "system message");
   cmd->add_flag("--raw", flags->raw, "complete the text as it is, without the chat template");

@@ -1,11 +1,15 @@
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
+#include "base/error.h"
 #include "cli/commands.h"
 #include "cli/model_flags.h"
 #include "serve/server.h"
+#include "tune/adapter.h"
 
 namespace moru {
 namespace {
@@ -14,9 +18,32 @@ struct ServeFlags {
   ModelFlags model;
   CacheFlags cache;
   ServeOptions options;
+  std::vector<std::string> adapters;
   std::string log;
   double grace_s = 30, step_ms = 200;
 };
+
+// NAME=FOLDER, or a folder whose last name clients use.
+std::vector<NamedAdapter> load_adapters(const ServeFlags& flags) {
+  std::vector<NamedAdapter> adapters;
+  if (flags.adapters.empty()) return adapters;
+  const Config config = open_model(flags.model.path).config;
+  for (const std::string& text : flags.adapters) {
+    const size_t equals = text.find('=');
+    std::filesystem::path folder = text.substr(equals == std::string::npos ? 0 : equals + 1);
+    if (folder.filename().empty()) folder = folder.parent_path();
+    std::string name =
+        equals == std::string::npos ? folder.filename().string() : text.substr(0, equals);
+    const bool taken = std::any_of(adapters.begin(), adapters.end(),
+                                   [&](const NamedAdapter& other) { return other.name == name; });
+    if (name.empty() || taken)
+      throw Error(ErrorKind::usage, {.where = "--adapter " + text,
+                                     .what = name.empty() ? "has no name" : "its name is taken",
+                                     .cure = "give NAME=FOLDER"});
+    adapters.push_back({std::move(name), read_peft_adapter(folder, config)});
+  }
+  return adapters;
+}
 
 void run_server(const ServeFlags& flags) {
   ServeOptions options = flags.options;
@@ -26,8 +53,9 @@ void run_server(const ServeFlags& flags) {
   options.backend.engine = flags.cache.engine_options();
   options.backend.step_seconds = flags.step_ms / 1000;
   options.grace = std::chrono::milliseconds(static_cast<int64_t>(flags.grace_s * 1000));
+  options.backend.adapters = load_adapters(flags);
   options.log = flags.log;
-  serve(options);
+  serve(std::move(options));
 }
 
 }  // namespace
@@ -42,6 +70,10 @@ void add_serve(CLI::App& app) {
   cmd->add_option("--port", o.port, "0: a free one, which is printed")->capture_default_str();
   cmd->add_option("--api-key", o.api_key, "ask every client for this key")->envname("MORU_API_KEY");
   cmd->add_option("--model-name", o.model_name, "what clients call it; default: the file's name");
+  cmd->add_option("--adapter", flags->adapters,
+                  "NAME=FOLDER: a LoRA adapter (PEFT) that requests choose as their model; repeat "
+                  "for more")
+      ->allow_extra_args(false);
   cmd->add_option("--max-sequences", o.backend.sequences, "answers computed at once")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();

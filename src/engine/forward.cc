@@ -68,6 +68,9 @@ struct Engine::State {
   std::optional<ExpertsStep> experts;  // of models that have them
   std::vector<int32_t> positions;
   std::vector<AttentionSpan> attention_spans;
+  const Adapter* own_adapter;
+  std::vector<AdapterSpan> adapter_spans;  // of the step; empty if none has an adapter
+  std::vector<float> adapter_low;
   size_t tokens = 0;
 
   State(Pool& the_pool, const Model& the_model, const EngineOptions& options)
@@ -86,7 +89,8 @@ struct Engine::State {
         up(step_tokens, the_model.config.ffn_width),
         hidden(step_tokens, the_model.config.ffn_width),
         logits(kLogitRows, the_model.config.vocab),
-        operand(the_model.activations) {
+        operand(the_model.activations),
+        own_adapter(options.adapter) {
     const Config& c = model.config;
     operand.reserve(step_tokens, std::max({c.width, c.q_width(), c.ffn_width}));
     if (c.experts.count != 0) experts.emplace(c, model.activations, step_tokens);
@@ -128,6 +132,33 @@ struct Engine::State {
     if (c.qk_norm == QkNorm::rms_after_rope) norm_heads(heads, c.head_dim);
   }
 
+  // What adapters add to the products of `in`; targets in the group's order.
+  void adapt(size_t layer, InputGroup group, Rows& in, std::initializer_list<Rows*> targets) {
+    if (adapter_spans.empty()) return;
+    std::array<AdapterTarget, 3> to;
+    size_t count = 0;
+    for (Rows* rows : targets) to[count++] = {rows->data(), rows->cols};
+    add_adapters(pool, adapter_spans, layer, group, in.data(), in.cols, std::span(to).first(count),
+                 adapter_low);
+  }
+
+  // Rows of the spans by adapter.
+  void plan_adapters(std::span<const StepSpan> spans) {
+    adapter_spans.clear();
+    size_t first = 0;
+    bool any = false;
+    for (const StepSpan& span : spans) {
+      const Adapter* adapter = span.adapter != nullptr ? span.adapter : own_adapter;
+      any = any || adapter != nullptr;
+      if (!adapter_spans.empty() && adapter_spans.back().adapter == adapter)
+        adapter_spans.back().count += span.tokens.size();
+      else
+        adapter_spans.push_back({adapter, first, span.tokens.size()});
+      first += span.tokens.size();
+    }
+    if (!any) adapter_spans.clear();
+  }
+
   void bias(Rows& rows, const Vector& values) {
     if (!values.empty())
       add_bias_rows(pool, rows.data(), rows.cols, tokens, rows.cols, values.data());
@@ -149,6 +180,7 @@ struct Engine::State {
     operand.set(attn_in.data(), tokens, attn_in.cols);
     operand.multiply(
         pool, {{&w.q, q.data(), q.cols}, {&w.k, k.data(), k.cols}, {&w.v, v.data(), v.cols}});
+    adapt(index, kInputGroups[0], attn_in, {&q, &k, &v});
     bias(q, w.q_bias);
     bias(k, w.k_bias);
     bias(v, w.v_bias);
@@ -169,6 +201,7 @@ struct Engine::State {
     watch(index, "attn_output", mixed);
     operand.set(mixed.data(), tokens, mixed.cols);
     operand.multiply(pool, {{&w.attn_out, branch.data(), branch.cols}});
+    adapt(index, kInputGroups[1], mixed, {&branch});
     bias(branch, w.attn_out_bias);
     add_branch(w.attn_post_norm);
 
@@ -192,11 +225,13 @@ struct Engine::State {
     watch(index, "ffn_gate", in);
     operand.set(in.data(), tokens, in.cols);
     operand.multiply(pool, {{&w.gate, gate.data(), gate.cols}, {&w.up, up.data(), up.cols}});
+    adapt(index, kInputGroups[2], in, {&gate, &up});
     gate_rows(pool, model.config.activation, gate.data(), gate.cols, up.data(), up.cols, tokens,
               gate.cols, hidden.data(), hidden.cols);
     watch(index, "ffn_down", hidden);
     operand.set(hidden.data(), tokens, hidden.cols);
     operand.multiply(pool, {{&w.down, branch.data(), branch.cols}});
+    adapt(index, kInputGroups[3], hidden, {&branch});
   }
 
   // Rows that want logits move to the front of x, are normed and meet the head a few at a time.
@@ -240,6 +275,7 @@ struct Engine::State {
       pages += cache.pages_for(*span.sequence, span.tokens.size());
     }
     MORU_CHECK(tokens <= step_tokens);
+    plan_adapters(spans);
     if (pages > cache.free_pages())
       throw Error(ErrorKind::no_space, {.where = "KV cache",
                                         .what = "has no room for the step",

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "base/threads.h"
+#include "engine/adapter.h"
 #include "engine/kv_cache.h"
 #include "engine/model.h"
 #include "formats/tokenizer.h"
@@ -23,6 +24,7 @@ struct StepSpan {
   KvSequence* sequence;
   std::span<const TokenId> tokens;
   size_t logits_from;  // tokens[logits_from …] want logits; tokens.size(): none does
+  const Adapter* adapter = nullptr;  // nullptr: the engine's
 };
 
 struct EngineOptions {
@@ -30,6 +32,7 @@ struct EngineOptions {
   size_t cache_tokens = 16384;  // positions that the KV cache has room for, over all sequences
   size_t cache_bytes = 0;       // or its memory, never more; 0: what cache_tokens take
   KvType kv_type = KvType::f16;
+  const Adapter* adapter = nullptr;  // of spans that name none; must outlive the engine
 };
 
 class Engine {

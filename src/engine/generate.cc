@@ -154,14 +154,16 @@ struct Generator::State {
 
   // Gives `a` the longest beginning that is computed already; at least one token is left to
   // compute, since its logits are wanted. Not admitted, if another prompt is just computing more
-  // of what both begin with.
+  // of what both begin with. Keys and values are one adapter's alone; the tree has none's.
   void admit(Active& a) {
     const std::span<const TokenId> wanted_tokens(a.tokens.data(), a.tokens.size() - 1);
-    const size_t known = tree.known(wanted_tokens);
+    const std::span<const TokenId> kept_tokens =
+        a.request.adapter == nullptr ? wanted_tokens : std::span<const TokenId>();
+    const size_t known = tree.known(kept_tokens);
     const Active* best = nullptr;
     size_t shared = std::max(known, kMinCopiedTokens - 1);
     for (const Active& other : requests) {
-      if (!other.admitted) continue;
+      if (!other.admitted || other.request.adapter != a.request.adapter) continue;
       const size_t common = common_prefix(wanted_tokens, other.tokens);
       const size_t computed = other.sequence.tokens();
       const size_t coming = std::min(common, other.request.prompt.size());
@@ -173,7 +175,7 @@ struct Generator::State {
     }
     a.admitted = true;
     if (best == nullptr || !cache().fork(best->sequence, shared, a.sequence))
-      shared = tree.resume(wanted_tokens, a.sequence);
+      shared = tree.resume(kept_tokens, a.sequence);
     if (a.completion_tokens > 0) return;
     a.cached_tokens = shared;
     totals.cached_tokens += shared;
@@ -202,6 +204,10 @@ struct Generator::State {
       ++totals.sent_back;
     }
     return true;
+  }
+
+  void keep(const Active& a, PrefixTree::At at) {
+    if (a.request.adapter == nullptr) tree.keep(a.tokens, a.sequence, at);
   }
 
   // Chooses this step's tokens: one of each answer under way, then parts of prompts.
@@ -234,11 +240,11 @@ struct Generator::State {
     rows.clear();
     for (Active* a : stepping) {
       if (a->draft.empty()) {
-        spans.push_back({&a->sequence,
-                         std::span(a->tokens).subspan(a->sequence.tokens(), a->planned),
-                         a->planned == a->pending() ? a->planned - 1 : a->planned});
+        spans.push_back(
+            {&a->sequence, std::span(a->tokens).subspan(a->sequence.tokens(), a->planned),
+             a->planned == a->pending() ? a->planned - 1 : a->planned, a->request.adapter});
       } else {
-        spans.push_back({&a->sequence, a->draft, 0});
+        spans.push_back({&a->sequence, a->draft, 0, a->request.adapter});
       }
       for (size_t i = spans.back().logits_from; i < a->planned; ++i) rows.push_back({a, i});
     }
@@ -534,8 +540,7 @@ void Generator::step(const std::function<void(const GenerationEvent&)>& emit) {
     const bool prompt_ends =
         a->before < a->request.prompt.size() && computed >= a->request.prompt.size();
     if (prompt_ends || computed / kPageTokens != a->before / kPageTokens)
-      s.tree.keep(a->tokens, a->sequence,
-                  prompt_ends ? PrefixTree::At::prompt_end : PrefixTree::At::way);
+      s.keep(*a, prompt_ends ? PrefixTree::At::prompt_end : PrefixTree::At::way);
   }
   std::sort(s.events.begin(), s.events.end(),
             [](const auto& a, const auto& b) { return a.request < b.request; });
@@ -543,7 +548,7 @@ void Generator::step(const std::function<void(const GenerationEvent&)>& emit) {
     if (event.finish) {
       const auto it = std::find_if(s.requests.begin(), s.requests.end(),
                                    [&](const Active& a) { return a.number == event.request; });
-      s.tree.keep(it->tokens, it->sequence, PrefixTree::At::end);
+      s.keep(*it, PrefixTree::At::end);
       s.requests.erase(it);
     }
     emit(event);

@@ -29,6 +29,7 @@ struct GenerationRequest {
   // Tokens that nothing else could stand for are added without asking the model, unless
   // log-probabilities are wanted.
   std::shared_ptr<const Language> language;
+  const Adapter* adapter = nullptr;  // nullptr: the engine's; must outlive the generator
   // Guess at what comes from the text so far (engine/draft.h): faster where an answer repeats its
   // prompt. Takes effect under the exact profile alone, where it changes no answer.
   bool drafts = true;

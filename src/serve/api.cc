@@ -63,10 +63,10 @@ std::string media_type(std::string_view value) {
   return type;
 }
 
-ApiError no_such_model(std::string_view name, const std::string& served) {
+ApiError no_such_model(std::string_view name, const std::vector<std::string>& served) {
   return {.status = 404,
           .message = fmt::format("The model '{}' does not exist; '{}' is served here.",
-                                 truncate_to_width(name, 80), served),
+                                 truncate_to_width(name, 80), fmt::join(served, "', '")),
           .param = "model",
           .code = "model_not_found"};
 }
@@ -352,10 +352,18 @@ void Api::metrics(const std::shared_ptr<Call>& call) {
 void Api::models(const std::shared_ptr<Call>& call) {
   constexpr std::string_view kPath = "/v1/models";
   const std::string_view rest = std::string_view(call->request().path).substr(kPath.size());
-  if (rest.empty()) return call->reply(models_body(options_.model_name, options_.created));
+  if (rest.empty()) return call->reply(models_body(model_names(), options_.created));
   const std::string name = percent_decoded(rest.substr(1)).value_or("");
-  if (name != options_.model_name) return call->refuse(no_such_model(name, options_.model_name));
-  call->reply(model_body(options_.model_name, options_.created));
+  if (name != options_.model_name && backend_.adapter(name) == nullptr)
+    return call->refuse(no_such_model(name, model_names()));
+  call->reply(model_body(name, options_.created));
+}
+
+// The model, then its adapters.
+std::vector<std::string> Api::model_names() const {
+  std::vector<std::string> names = backend_.adapters();
+  names.insert(names.begin(), options_.model_name);
+  return names;
 }
 
 void Api::chat(const std::shared_ptr<Call>& call) {
@@ -393,8 +401,10 @@ void Api::completions(const std::shared_ptr<Call>& call) {
 void Api::ask(const std::shared_ptr<Call>& call, Question question) {
   const AnswerOptions& o = question.options;
   const char* param = question.chat ? "messages" : "prompt";
-  if (!o.model.empty() && o.model != options_.model_name)
-    return call->refuse(no_such_model(o.model, options_.model_name));
+  const std::string& model = o.model.empty() ? options_.model_name : o.model;
+  const Adapter* adapter = model == options_.model_name ? nullptr : backend_.adapter(model);
+  if (adapter == nullptr && model != options_.model_name)
+    return call->refuse(no_such_model(model, model_names()));
   for (const auto& prompt : question.prompts) {
     if (prompt.empty())
       return call->refuse({.message = fmt::format("Invalid '{}': it has no tokens.", param),
@@ -430,6 +440,7 @@ void Api::ask(const std::shared_ptr<Call>& call, Question question) {
                                 .stop_ids = backend_.stop_ids(),
                                 .stop_texts = o.stop,
                                 .language = language,
+                                .adapter = adapter,
                                 .top_logprobs = o.top_logprobs};
       request.sampling.seed = seed_of_choice(o.sampling.seed, i);
       job.choices.push_back(std::move(request));
@@ -440,7 +451,7 @@ void Api::ask(const std::shared_ptr<Call>& call, Question question) {
   call->expect(question, ReplyWriter({.chat = chat,
                                       .id = random_id(chat ? "chatcmpl" : "cmpl"),
                                       .created = static_cast<int64_t>(std::time(nullptr)),
-                                      .model = options_.model_name,
+                                      .model = model,
                                       .fingerprint = options_.fingerprint,
                                       .logprobs = o.top_logprobs.has_value(),
                                       .include_usage = o.include_usage},

@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "engine/constraint.h"
 #include "serve/backend.h"
@@ -41,6 +42,7 @@ class Api {
   static const Route kRoutes[];
 
   void route(const std::shared_ptr<Call>& call);
+  std::vector<std::string> model_names() const;
   void health(const std::shared_ptr<Call>& call);
   void metrics(const std::shared_ptr<Call>& call);
   void models(const std::shared_ptr<Call>& call);

@@ -27,6 +27,12 @@ class Backend {
   virtual size_t vocab() const = 0;
   virtual size_t longest_prompt() const = 0;  // in tokens
   virtual std::vector<TokenId> stop_ids() const = 0;
+  // Adapters that requests may name as their model, in order; and one of them, nullptr if unknown.
+  virtual std::vector<std::string> adapters() const { return {}; }
+  virtual const Adapter* adapter(std::string_view name) const {
+    static_cast<void>(name);
+    return nullptr;
+  }
 
   // As Generator's; one thread alone.
   virtual uint64_t submit(GenerationRequest request) = 0;

@@ -9,14 +9,17 @@
 namespace moru {
 
 struct EngineBackend::State {
-  explicit State(const EngineBackendOptions& o)
+  explicit State(EngineBackendOptions o)
       : files(open_model(o.model)),
         pool(o.threads != 0 ? o.threads : usable_threads()),
         model(load_model(pool, files, o.load)),
         engine(pool, model, o.engine),
         generator(engine, files.tokenizer,
                   {.sequences = o.sequences, .step_seconds = o.step_seconds}),
-        drafts(o.drafts) {}
+        drafts(o.drafts) {
+    for (NamedAdapter& named : o.adapters)
+      adapters.push_back({std::move(named.name), make_adapter(std::move(named.lora))});
+  }
 
   ModelFiles files;
   Pool pool;
@@ -24,9 +27,11 @@ struct EngineBackend::State {
   Engine engine;
   Generator generator;
   bool drafts;
+  std::vector<std::pair<std::string, Adapter>> adapters;
 };
 
-EngineBackend::EngineBackend(const EngineBackendOptions& options) : state_(new State(options)) {}
+EngineBackend::EngineBackend(EngineBackendOptions options)
+    : state_(new State(std::move(options))) {}
 EngineBackend::~EngineBackend() = default;
 
 const Model& EngineBackend::model() const { return state_->model; }
@@ -52,6 +57,17 @@ size_t EngineBackend::longest_prompt() const {
   return std::min(state_->model.config.context, cache) - 1;
 }
 std::vector<TokenId> EngineBackend::stop_ids() const { return state_->files.stop_ids; }
+
+std::vector<std::string> EngineBackend::adapters() const {
+  std::vector<std::string> names;
+  for (const auto& [name, adapter] : state_->adapters) names.push_back(name);
+  return names;
+}
+const Adapter* EngineBackend::adapter(std::string_view name) const {
+  for (const auto& [known, adapter] : state_->adapters)
+    if (known == name) return &adapter;
+  return nullptr;
+}
 
 uint64_t EngineBackend::submit(GenerationRequest request) {
   request.drafts = state_->drafts;

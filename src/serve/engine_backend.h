@@ -9,20 +9,27 @@
 
 namespace moru {
 
+// An adapter and what clients call it.
+struct NamedAdapter {
+  std::string name;
+  Lora lora;
+};
+
 struct EngineBackendOptions {
   std::filesystem::path model;
   size_t threads = 0;  // 0: all that this process may use
   LoadOptions load;
   EngineOptions engine;
-  size_t sequences = 32;      // answers computed at once
-  double step_seconds = 0.2;  // what a step should take at most; 0: as long as it likes
-  bool drafts = true;         // GenerationRequest::drafts of every request
+  size_t sequences = 32;               // answers computed at once
+  double step_seconds = 0.2;           // what a step should take at most; 0: as long as it likes
+  bool drafts = true;                  // GenerationRequest::drafts of every request
+  std::vector<NamedAdapter> adapters;  // for this model's shape
 };
 
 class EngineBackend final : public Backend {
  public:
   // Loads the model. Errors: those of open_model and load_model, no_space.
-  explicit EngineBackend(const EngineBackendOptions& options);
+  explicit EngineBackend(EngineBackendOptions options);
   ~EngineBackend() override;
 
   const Model& model() const;
@@ -35,6 +42,8 @@ class EngineBackend final : public Backend {
   size_t vocab() const override;
   size_t longest_prompt() const override;
   std::vector<TokenId> stop_ids() const override;
+  std::vector<std::string> adapters() const override;
+  const Adapter* adapter(std::string_view name) const override;
   uint64_t submit(GenerationRequest request) override;
   void cancel(uint64_t request) override;
   bool busy() const override;

@@ -77,19 +77,24 @@ constexpr double kMiB = 1 << 20;
 
 }  // namespace
 
-void serve(const ServeOptions& options) {
+void serve(ServeOptions options) {
   LineLog log(options.log);
-  EngineBackend backend(options.backend);
-  const std::string name =
-      options.model_name.empty() ? name_of_model(options.backend.model) : options.model_name;
-  const std::string hash = sha256_of_path(options.backend.model);
+  const fs::path model = options.backend.model;
+  const size_t sequences = options.backend.sequences;
+  EngineBackend backend(std::move(options.backend));
+  const std::string name = options.model_name.empty() ? name_of_model(model) : options.model_name;
+  if (backend.adapter(name) != nullptr)
+    throw Error(ErrorKind::usage, {.where = "--adapter " + name,
+                                   .what = "has the model's own name",
+                                   .cure = "name it otherwise: NAME=FOLDER"});
+  const std::string hash = sha256_of_path(model);
 
   // Made before the scheduler, which calls its exchanges, and so destroyed after it.
   HttpServer http({.host = options.host,
                    .port = options.port,
                    .stop_on_signals = true,
                    .grace = options.grace});
-  Scheduler scheduler(backend, options.backend.sequences + options.waiting);
+  Scheduler scheduler(backend, sequences + options.waiting);
   ApiOptions api_options{.model_name = name,
                          .fingerprint = "fp_" + hash.substr(0, 12),
                          .api_key = options.api_key,
@@ -106,6 +111,8 @@ void serve(const ServeOptions& options) {
   fmt::print("keys and values take at most {:.0f} MiB ({}), weights {:.0f} MiB\n",
              static_cast<double>(cache.bytes()) / kMiB, name_of(cache.shape().type),
              static_cast<double>(backend.model().weight_bytes()) / kMiB);
+  for (const std::string& adapter : backend.adapters())
+    fmt::print("  and its adapter {}\n", adapter);
   std::fflush(stdout);
   http.run([&api](std::shared_ptr<HttpExchange> exchange) { api.handle(std::move(exchange)); },
            [&scheduler] { scheduler.give_up(stopping_error()); });

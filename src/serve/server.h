@@ -22,6 +22,6 @@ struct ServeOptions {
 
 // Loads the model, prints the address and serves until SIGINT or SIGTERM.
 // Errors: those of EngineBackend and HttpServer; io (the log).
-void serve(const ServeOptions& options);
+void serve(ServeOptions options);
 
 }  // namespace moru

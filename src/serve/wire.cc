@@ -683,8 +683,10 @@ std::string model_body(const std::string& name, int64_t created) {
   return dump({{"id", name}, {"object", "model"}, {"created", created}, {"owned_by", "moru"}});
 }
 
-std::string models_body(const std::string& name, int64_t created) {
-  return fmt::format(R"({{"object":"list","data":[{}]}})", model_body(name, created));
+std::string models_body(std::span<const std::string> names, int64_t created) {
+  std::vector<std::string> bodies;
+  for (const std::string& name : names) bodies.push_back(model_body(name, created));
+  return fmt::format(R"({{"object":"list","data":[{}]}})", fmt::join(bodies, ","));
 }
 
 }  // namespace moru

@@ -114,8 +114,8 @@ class ReplyWriter {
   TokenBytes token_bytes_;
 };
 
-// {"object": "list", "data": [the model]}, and the model alone.
-std::string models_body(const std::string& name, int64_t created);
+// {"object": "list", "data": [the models]}, and one model alone.
+std::string models_body(std::span<const std::string> names, int64_t created);
 std::string model_body(const std::string& name, int64_t created);
 
 }  // namespace moru

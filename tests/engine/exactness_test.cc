@@ -286,6 +286,139 @@ TEST_CASE("exact logits are the same on every level of the instruction set") {
   }
 }
 
+namespace {
+
+// An adapter of every matrix with numbers as after training.
+Adapter random_adapter(const Config& config, size_t rank, uint64_t seed, bool zero_b = false) {
+  Lora lora;
+  lora.layers.resize(config.layers);
+  for (LoraLayer& layer : lora.layers)
+    for (LoraPair& pair : layer) {
+      pair.rank = rank;
+      pair.alpha = 2 * static_cast<float>(rank);
+    }
+  lora.layers[0][1].rank = 0;         // one matrix without
+  lora.layers[1][4].rank = rank + 3;  // and one of another rank
+  lay_out(lora, config);
+  Random random(seed);
+  for (float& value : lora.values) value = 0.04f * random.normal();
+  if (zero_b)
+    for (const LoraLayer& layer : lora.layers)
+      for (const LoraPair& pair : layer) std::ranges::fill(lora.b(pair), 0.0f);
+  return make_adapter(std::move(lora));
+}
+
+std::vector<float> logits_of_span(Engine& engine, const std::vector<TokenId>& ids,
+                                  const Adapter* adapter) {
+  KvSequence sequence = engine.cache().make_sequence();
+  const StepSpan span{&sequence, ids, 0, adapter};
+  std::vector<float> out;
+  engine.step({&span, 1}, [&](size_t, size_t count, float* logits) {
+    out.insert(out.end(), logits, logits + count * kVocab);
+  });
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("with adapters a token's logits do not depend on its neighbours or theirs") {
+  const uint64_t seed = fresh_seed();
+  MESSAGE("seed " << seed);
+  const TempDir folder;
+  for (const std::string family : {"llama", "gemma3"}) {
+    for (const DType type : {DType::q8_0, DType::q4_k}) {
+      CAPTURE(family);
+      Random random(seed, static_cast<uint64_t>(type));
+      const auto path = folder.path() / "tiny.gguf";
+      write_tiny_model(path, {.family = family, .type = type, .seed = seed});
+      const ModelFiles files = open_model(path);
+      const Adapter first = random_adapter(files.config, 4, seed),
+                    second = random_adapter(files.config, 17, seed + 1),
+                    idle = random_adapter(files.config, 8, seed + 2, true);
+      const Adapter* adapters[] = {nullptr, &first, &second, &idle};
+      const std::vector<TokenId> ids = random_ids(90, random);
+      std::vector<std::vector<float>> alone;
+      for (const size_t threads : {1, 2, 4}) {
+        Pool pool(threads);
+        const Model model = load_model(pool, files, {.context = 512});
+        Engine engine(pool, model, {.step_tokens = 1024, .cache_tokens = 8192});
+        for (size_t i = 0; i < 4; ++i) {
+          const std::vector<float> logits = logits_of_span(engine, ids, adapters[i]);
+          if (threads == 1) alone.push_back(logits);
+          REQUIRE(logits == alone[i]);
+        }
+        REQUIRE(alone[1] != alone[0]);
+        REQUIRE(alone[2] != alone[1]);
+        REQUIRE(alone[3] == alone[0]);  // B = 0 changes nothing
+
+        // All at once: each adapter's sequence in two steps, between those of the others.
+        std::vector<KvSequence> sequences;
+        for (size_t i = 0; i < 8; ++i) sequences.push_back(engine.cache().make_sequence());
+        std::vector<std::vector<float>> together(8);
+        const size_t cut = 1 + random.below(80);
+        for (const auto& [from, to] : {std::pair{size_t{0}, cut}, std::pair{cut, ids.size()}}) {
+          std::vector<StepSpan> spans;
+          for (size_t i = 0; i < 8; ++i) {
+            // The second four have logits of their last row alone.
+            const std::span part = std::span(ids).subspan(from, to - from);
+            spans.push_back({&sequences[i], part, i < 4 ? 0 : part.size() - 1, adapters[i % 4]});
+          }
+          size_t at = 0, row = 0;
+          engine.step(spans, [&](size_t, size_t count, float* logits) {
+            for (size_t k = 0; k < count; ++k) {
+              while (row == spans[at].tokens.size() - spans[at].logits_from) ++at, row = 0;
+              together[at].insert(together[at].end(), logits + k * kVocab,
+                                  logits + (k + 1) * kVocab);
+              ++row;
+            }
+          });
+        }
+        for (size_t i = 0; i < 4; ++i) REQUIRE(together[i] == alone[i]);
+        for (size_t i = 4; i < 8; ++i)
+          REQUIRE(std::equal(together[i].end() - kVocab, together[i].end(),
+                             alone[i - 4].end() - kVocab));
+      }
+    }
+  }
+}
+
+TEST_CASE("a beginning computed with one adapter is not another's") {
+  const TempDir folder;
+  write_tiny_model(folder.path() / "tiny.gguf", {.type = DType::q4_k});
+  const ModelFiles files = open_model(folder.path() / "tiny.gguf");
+  Pool pool(2);
+  const Model model = load_model(pool, files, {.context = 512});
+  const Adapter adapter = random_adapter(files.config, 4, 3);
+  Engine engine(pool, model, {.step_tokens = 128, .cache_tokens = 4096});
+  Generator generator(engine, files.tokenizer);
+  Random random(9);
+  GenerationRequest request;
+  request.prompt = random_ids(100, random);
+  request.max_tokens = 12;
+  request.top_logprobs = 0;
+  const auto ask = [&](const Adapter* a) {
+    GenerationRequest r = request;
+    r.adapter = a;
+    return generate_all(generator, {r}).front();
+  };
+  const GenerationResult base = ask(nullptr), adapted = ask(&adapter);
+  CHECK(adapted.cached_tokens == 0);
+  // Kept for the model itself alone, but shared while a request of the same adapter runs.
+  CHECK(ask(&adapter).cached_tokens == 0);
+  GenerationRequest both[] = {request, request};
+  both[0].adapter = both[1].adapter = &adapter;
+  const std::vector<GenerationResult> pair = generate_all(generator, {both[0], both[1]});
+  CHECK(pair[1].cached_tokens > 0);
+  CHECK(pair[1].logprobs[0].logprob == adapted.logprobs[0].logprob);
+  both[1].adapter = nullptr;
+  generator.forget();
+  CHECK(generate_all(generator, {both[0], both[1]})[1].cached_tokens == 0);
+  CHECK(ask(nullptr).cached_tokens > 0);
+  CHECK(ask(nullptr).logprobs[0].logprob == base.logprobs[0].logprob);
+  CHECK(ask(&adapter).logprobs[0].logprob == adapted.logprobs[0].logprob);
+  CHECK(adapted.logprobs[0].logprob != base.logprobs[0].logprob);
+}
+
 TEST_CASE("answers generated together are the answers generated alone") {
   const TempDir folder;
   write_tiny_model(folder.path() / "tiny.gguf", {.type = DType::q4_k});

@@ -430,6 +430,8 @@ TEST_CASE("with usage asked for, every chunk says null and the last has no choic
 }
 
 TEST_CASE("the models") {
-  CHECK(Json::parse(models_body("모델", 5)) == Json::parse(R"({"object": "list", "data": [
-          {"id": "모델", "object": "model", "created": 5, "owned_by": "moru"}]})"));
+  const std::string names[] = {"모델", "adapter"};
+  CHECK(Json::parse(models_body(names, 5)) == Json::parse(R"({"object": "list", "data": [
+          {"id": "모델", "object": "model", "created": 5, "owned_by": "moru"},
+          {"id": "adapter", "object": "model", "created": 5, "owned_by": "moru"}]})"));
 }
