@@ -7,6 +7,7 @@ class App;
 
 namespace moru {
 
+void add_adapter(CLI::App& app);
 void add_bench(CLI::App& app);
 void add_forge(CLI::App& app);
 void add_info(CLI::App& app);

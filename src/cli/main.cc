@@ -34,6 +34,7 @@ int main(int argc, char** argv) {
   moru::add_bench(app);
   moru::add_lighten(app);
   moru::add_tune(app);
+  moru::add_adapter(app);
   moru::add_prove(app);
   moru::add_serve(app);
   try {

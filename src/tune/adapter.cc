@@ -15,12 +15,15 @@
 #include "base/half.h"
 #include "base/random.h"
 #include "engine/families.h"
+#include "formats/regex.h"
 #include "formats/safetensors.h"
+#include "formats/tokenizer_export.h"
 
 namespace moru {
 namespace {
 
 using nlohmann::json;
+using nlohmann::ordered_json;
 
 constexpr std::string_view kConfigName = "adapter_config.json";
 constexpr std::string_view kWeightsName = "adapter_model.safetensors";
@@ -91,11 +94,12 @@ std::string module_name(size_t layer, Projection projection) {
 struct PeftConfig {
   double alpha = 8;
   bool rank_stabilised = false;
-  std::map<std::string, double> alpha_pattern;  // ends of module names
+  std::vector<std::pair<Regex, double>> alpha_pattern;  // of module names; the first match counts
 };
 
 PeftConfig read_config(const std::filesystem::path& file) {
-  const json j = json::parse(read_file(file), nullptr, false);
+  // In the file's order: of patterns that match, PEFT takes the first.
+  const ordered_json j = ordered_json::parse(read_file(file), nullptr, false);
   if (!j.is_object()) refuse_config(file, "file", "not a JSON object", ErrorKind::bad_input);
   const auto truthy = [&](const char* key) {
     const auto found = j.find(key);
@@ -123,17 +127,18 @@ PeftConfig read_config(const std::filesystem::path& file) {
     for (const auto& [key, value] : pattern->items()) {
       if (!value.is_number())
         refuse_config(file, "alpha_pattern", "not a number", ErrorKind::bad_input);
-      if (key.find_first_of("*+?[](){}|$\\") != std::string::npos)
-        refuse_config(file, "alpha_pattern", fmt::format("regular expression \"{}\"", key));
-      config.alpha_pattern[key.starts_with('^') ? key.substr(1) : key] = value.get<double>();
+      // As PEFT matches it: the whole name, or what follows a dot in it.
+      config.alpha_pattern.emplace_back(Regex(fmt::format("{}: alpha_pattern", file.string()),
+                                              fmt::format("^(.*\\.)?({})$", key)),
+                                        value.get<double>());
     }
   }
   return config;
 }
 
 double alpha_of(const PeftConfig& config, const std::string& module) {
-  for (const auto& [end, alpha] : config.alpha_pattern)
-    if (module == end || module.ends_with("." + end)) return alpha;
+  for (const auto& [pattern, alpha] : config.alpha_pattern)
+    if (pattern.find(module, 0)) return alpha;
   return config.alpha;
 }
 
@@ -223,7 +228,8 @@ Lora read_peft_adapter(const std::filesystem::path& folder, const Config& config
     const bool is_a = name.ends_with(kA);
     if (!is_a && !name.ends_with(kB)) refuse(*tensor, "is not a LoRA matrix of a linear layer");
     const auto place = place_of_module(name.substr(0, name.size() - kA.size()));
-    if (!place || place->layer >= config.layers)
+    if (!place || place->layer >= config.layers ||
+        (config.experts.count != 0 && place->projection >= Projection::gate))
       refuse(*tensor, "the model has no such linear layer");
     if (tensor->shape.size() != 2 || !is_float(tensor->type))
       refuse(*tensor, "is not a matrix of floats");
@@ -466,31 +472,120 @@ void write_merged_gguf(const std::filesystem::path& path, const ModelFiles& file
   write_gguf(path, metadata, spill.finish());
 }
 
-void write_merged_folder(const std::filesystem::path& folder, const ModelFiles& files,
-                         const Lora& lora, DType type) {
-  if (!files.folder)
+namespace {
+
+std::string_view dtype_name(DType type) {
+  return type == DType::f32 ? "float32" : type == DType::f16 ? "float16" : "bfloat16";
+}
+
+// config.json's way to say the frequencies of a GGUF's rope_freqs.weight: Llama 3's scaling with
+// the factor that the lowest frequency shows.
+ordered_json rope_scaling_of(const ModelFiles& files) {
+  const RopeConfig& rope = files.config.rope;
+  const std::vector<float>& divisors = rope.divisors;
+  const double factor = double{*std::max_element(divisors.begin(), divisors.end())};
+  constexpr double kLow = 1, kHigh = 4, kOriginal = 8192;
+  for (size_t i = 0; i < divisors.size(); ++i) {
+    const double wavelength =
+        2 * M_PI *
+        std::pow(double{rope.theta}, static_cast<double>(2 * i) / static_cast<double>(rope.dims));
+    double expected = 1;
+    if (wavelength > kOriginal / kLow) {
+      expected = factor;
+    } else if (wavelength > kOriginal / kHigh) {
+      const double smooth = (kOriginal / wavelength - kLow) / (kHigh - kLow);
+      expected = 1 / ((1 - smooth) / factor + smooth);
+    }
+    if (std::abs(expected - double{divisors[i]}) > 1e-3 * expected)
+      throw Error(ErrorKind::unsupported, {.where = files.path.string() + ": rope_freqs.weight",
+                                           .what = "is no scaling that config.json has a name for",
+                                           .cure = "merge to GGUF"});
+  }
+  return {{"rope_type", "llama3"},
+          {"factor", factor},
+          {"low_freq_factor", kLow},
+          {"high_freq_factor", kHigh},
+          {"original_max_position_embeddings", static_cast<size_t>(kOriginal)}};
+}
+
+// config.json of the plain families. Error unsupported: others have more to say.
+ordered_json folder_config_of(const ModelFiles& files) {
+  const Config& c = files.config;
+  struct Plain {
+    std::string_view family, architecture, type;
+  };
+  constexpr Plain kPlain[] = {{"llama", "LlamaForCausalLM", "llama"},
+                              {"qwen2", "Qwen2ForCausalLM", "qwen2"},
+                              {"qwen3", "Qwen3ForCausalLM", "qwen3"},
+                              {"gemma3", "Gemma3ForCausalLM", "gemma3_text"}};
+  const auto plain = std::find_if(std::begin(kPlain), std::end(kPlain),
+                                  [&](const Plain& p) { return p.family == c.family; });
+  const RopeConfig::Scaling scaling = c.rope.scaling;
+  if (plain == std::end(kPlain) || c.experts.count != 0 || !c.rope.long_divisors.empty() ||
+      c.rope.dims != c.head_dim || scaling == RopeConfig::Scaling::yarn ||
+      scaling == RopeConfig::Scaling::longrope || (c.window != 0 && c.family != "gemma3"))
     throw Error(ErrorKind::unsupported,
                 {.where = files.path.string(),
-                 .what = "is a GGUF file, from which no Hugging Face folder can be made whole",
-                 .cure = "merge to GGUF, or tune the model's Hugging Face folder"});
-  make_folder(folder);
-  Spill spill(folder / "model");
-  std::vector<float> values;
-  for (const Tensor& tensor : files.tensors) {
-    const std::string name = folder_name_of(*files.family, tensor.name);
-    // Rotary factors, which stand in config.json.
-    if (name.empty() && tensor.shape.size() == 1) continue;
-    if (name.empty())
-      throw Error(ErrorKind::unsupported,
-                  {.where = files.path.string() + ": " + tensor.name,
-                   .what = "experts cannot be written back to a Hugging Face folder",
-                   .cure = "merge to GGUF"});
-    values.resize(tensor.count());
-    merged_values(files, lora, tensor, values);
-    spill.add(name, type, tensor.shape, values);
+                 .what = "is a GGUF file of a model whose config.json moru does not write",
+                 .cure = "merge to GGUF, or start from the model's Hugging Face folder"});
+  ordered_json j = {{"architectures", {plain->architecture}},
+                    {"model_type", plain->type},
+                    {"hidden_size", c.width},
+                    {"intermediate_size", c.ffn_width},
+                    {"num_hidden_layers", c.layers},
+                    {"num_attention_heads", c.heads},
+                    {"num_key_value_heads", c.kv_heads},
+                    {"head_dim", c.head_dim},
+                    {"vocab_size", c.vocab},
+                    {"max_position_embeddings", c.context},
+                    {"rms_norm_eps", c.norm_eps},
+                    {"rope_theta", c.rope.theta},
+                    {"tie_word_embeddings", c.tied_head}};
+  const bool gemma = c.family == "gemma3";
+  j[gemma ? "hidden_activation" : "hidden_act"] = gemma ? "gelu_pytorch_tanh" : "silu";
+  if (scaling == RopeConfig::Scaling::linear)
+    j["rope_scaling"] = {{"rope_type", "linear"}, {"factor", c.rope.factor}};
+  if (scaling == RopeConfig::Scaling::llama3)
+    j["rope_scaling"] = {{"rope_type", "llama3"},
+                         {"factor", c.rope.factor},
+                         {"low_freq_factor", c.rope.low_freq_factor},
+                         {"high_freq_factor", c.rope.high_freq_factor},
+                         {"original_max_position_embeddings", c.rope.original_context}};
+  if (gemma) j["query_pre_attn_scalar"] = 1 / (c.attn_scale * c.attn_scale);
+  if (c.window != 0) {
+    j["sliding_window"] = c.window;
+    j["rope_local_base_freq"] = c.local_rope.theta;
+    for (const bool windowed : c.windowed)
+      j["layer_types"].push_back(windowed ? "sliding_attention" : "full_attention");
   }
-  constexpr size_t kShardBytes = size_t{5} << 30;
-  write_safetensors_folder(folder, spill.finish(), kShardBytes);
+  return j;
+}
+
+// What a GGUF's metadata says, as the other files of a folder.
+void write_folder_files(const std::filesystem::path& folder, const ModelFiles& files, DType type) {
+  const TokenizerFolder tokenizer = tokenizer_folder_of(files.metadata);
+  const Tokenizer& ids = files.tokenizer;
+  ordered_json config = folder_config_of(files);
+  ordered_json generation = ordered_json::object();
+  for (const auto& [key, id] : {std::pair{"bos_token_id", ids.bos()},
+                                {"eos_token_id", ids.eos()},
+                                {"pad_token_id", ids.pad()}})
+    if (id) config[key] = generation[key] = *id;
+  if (files.stop_ids.size() > 1) generation["eos_token_id"] = files.stop_ids;
+  if (!files.config.rope.divisors.empty()) config["rope_scaling"] = rope_scaling_of(files);
+  for (const Tensor& tensor : files.tensors)
+    if (tensor.name == "blk.0.attn_q.bias") config["attention_bias"] = true;
+  config["dtype"] = dtype_name(type);
+  write_file(folder / "config.json", config.dump(2) + "\n");
+  write_file(folder / "generation_config.json", generation.dump(2) + "\n");
+  write_file(folder / "tokenizer.json", tokenizer.tokenizer.dump(1) + "\n");
+  ordered_json about = tokenizer.config;
+  about["model_max_length"] = files.config.context;
+  write_file(folder / "tokenizer_config.json", about.dump(2) + "\n");
+}
+
+// Those of a folder, as they are.
+void copy_folder_files(const std::filesystem::path& folder, const ModelFiles& files, DType type) {
   for (const auto& entry : std::filesystem::directory_iterator(files.path)) {
     const std::string name = entry.path().filename().string();
     if (!entry.is_regular_file() || name.ends_with(".safetensors") || name.ends_with(".bin") ||
@@ -498,11 +593,103 @@ void write_merged_folder(const std::filesystem::path& folder, const ModelFiles& 
       continue;
     write_file(folder / name, read_file(entry.path()));
   }
-  nlohmann::ordered_json config =
-      nlohmann::ordered_json::parse(read_file(files.path / "config.json"));
+  ordered_json config = ordered_json::parse(read_file(files.path / "config.json"));
   config.erase("torch_dtype");
-  config["dtype"] = type == DType::f32 ? "float32" : type == DType::f16 ? "float16" : "bfloat16";
+  config["dtype"] = dtype_name(type);
   write_file(folder / "config.json", config.dump(2) + "\n");
+}
+
+// Rows of GGUF llama's order of adjacent pairs to half-split order.
+void split_rows(std::vector<float>& values, size_t rows, size_t head_dim) {
+  const std::vector<float> from = values;
+  const size_t cols = values.size() / rows;
+  for (size_t row = 0; row < rows; ++row)
+    std::copy_n(from.begin() + static_cast<std::ptrdiff_t>(row * cols), cols,
+                values.begin() + static_cast<std::ptrdiff_t>(half_split_row(row, head_dim) * cols));
+}
+
+}  // namespace
+
+void write_merged_folder(const std::filesystem::path& folder, const ModelFiles& files,
+                         const Lora& lora, DType type, size_t shard_bytes) {
+  make_folder(folder);
+  const Family& family = *files.family;
+  const bool from_gguf = !files.folder;
+  if (from_gguf) write_folder_files(folder, files, type);  // refuses before the work
+  Spill spill(folder / "model");
+  std::vector<float> values;
+  for (const Tensor& tensor : files.tensors) {
+    const std::string name = folder_name_of(family, tensor.name);
+    // Rotary factors, which stand in config.json.
+    if (name.empty() && tensor.shape.size() == 1) continue;
+    if (name.empty())
+      throw Error(ErrorKind::unsupported, {.where = files.path.string() + ": " + tensor.name,
+                                           .what = "has no name in a Hugging Face folder",
+                                           .cure = "merge to GGUF"});
+    values.resize(tensor.count());
+    merged_values(files, lora, tensor, values);
+    if (from_gguf && files.qk_interleaved && is_query_or_key(tensor.name))
+      split_rows(values, tensor.shape[0], files.config.head_dim);
+    if (from_gguf && tensor.name.ends_with("norm.weight"))
+      for (float& value : values) value -= norm_offset_of(family);
+    spill.add(name, type, tensor.shape, values);
+  }
+  write_safetensors_folder(folder, spill.finish(), shard_bytes);
+  if (!from_gguf) copy_folder_files(folder, files, type);
+}
+
+void write_gguf_adapter(const std::filesystem::path& path, const ModelFiles& files,
+                        const Lora& lora) {
+  const auto refuse = [&](const char* what) {
+    throw Error(ErrorKind::unsupported,
+                {.where = path.string(), .what = what, .cure = "merge the adapter into the model"});
+  };
+  if (!lora.whole.empty()) refuse("an adapter file cannot hold weights that were learnt whole");
+  for (const Tensor& tensor : files.tensors)
+    if (places_of_tensor(tensor, files.config).projections.size() > 1)
+      refuse(
+          "the model keeps several projections in one tensor, which an adapter file cannot split");
+  const bool turn = gguf_interleaves_qk(*files.family);
+  GgufMetadata metadata;
+  metadata.set("general.type", GgufScalar{std::string("adapter")});
+  metadata.set("general.architecture",
+               GgufScalar{files.metadata.text("general.architecture").value_or("")});
+  metadata.set("adapter.type", GgufScalar{std::string("lora")});
+  std::vector<Tensor> tensors;
+  std::vector<std::vector<float>> values;
+  values.reserve(lora.layers.size() * kProjections);  // tensors point into it
+  std::optional<float> alpha;
+  for (size_t l = 0; l < lora.layers.size(); ++l) {
+    for (size_t p = 0; p < kProjections; ++p) {
+      const LoraPair& pair = lora.layers[l][p];
+      if (pair.rank == 0) continue;
+      const auto rank = static_cast<float>(pair.rank);
+      if (!alpha) alpha = pair.scale * rank;
+      const float fold = pair.scale * rank / *alpha;
+      const std::span<const float> b = lora.b(pair);
+      std::vector<float>& rows = values.emplace_back(b.size());
+      const bool turned = turn && p <= static_cast<size_t>(Projection::k);
+      for (size_t row = 0; row < pair.out; ++row) {
+        const size_t from = turned ? half_split_row(row, files.config.head_dim) : row;
+        for (size_t i = 0; i < pair.rank; ++i)
+          rows[row * pair.rank + i] = fold * b[from * pair.rank + i];
+      }
+      const std::string name =
+          fmt::format("blk.{}.{}.weight", l, traits(static_cast<Projection>(p)).gguf);
+      tensors.push_back(
+          {name + ".lora_a", DType::f32, {pair.rank, pair.in}, std::as_bytes(lora.a(pair))});
+      tensors.push_back({name + ".lora_b",
+                         DType::f32,
+                         {pair.out, pair.rank},
+                         std::as_bytes(std::span<const float>(rows))});
+    }
+  }
+  if (!alpha)
+    throw Error(ErrorKind::unsupported, {.where = path.string(),
+                                         .what = "the adapter has no low-rank matrices",
+                                         .cure = "merge it into the model"});
+  metadata.set("adapter.lora.alpha", GgufScalar{*alpha});
+  write_gguf(path, metadata, tensors);
 }
 
 }  // namespace moru

@@ -45,9 +45,18 @@ void merged_values(const ModelFiles& files, const Lora& lora, const Tensor& tens
 // whatever runs the base model. Errors: io, no_space.
 void write_merged_gguf(const std::filesystem::path& path, const ModelFiles& files, const Lora& lora,
                        DType type);
-// The merged model as a Hugging Face folder, its other files copied. Error: unsupported where the
-// base is not a folder itself.
+// The merged model as a Hugging Face folder, in shards of at most `shard_bytes`, tensor by tensor.
+// Of a folder the other files are copied; of a GGUF config.json, tokenizer.json,
+// tokenizer_config.json and generation_config.json are made from its metadata. Error: unsupported
+// where a folder cannot say what the GGUF does.
 void write_merged_folder(const std::filesystem::path& folder, const ModelFiles& files,
-                         const Lora& lora, DType type);
+                         const Lora& lora, DType type, size_t shard_bytes = size_t{5} << 30);
+
+// The adapter as a GGUF file for llama.cpp's --lora, f32. Readers know one alpha and scale = alpha/r,
+// so other scales are folded into B, and alpha·√r stands for a rank-stabilised scale. Rows of B
+// follow the file's order of q and k. Errors: io, no_space; unsupported for what an adapter file
+// cannot say.
+void write_gguf_adapter(const std::filesystem::path& path, const ModelFiles& files,
+                        const Lora& lora);
 
 }  // namespace moru

@@ -1,5 +1,7 @@
 #include "tune/adapter.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -7,6 +9,9 @@
 #include <set>
 
 #include "base/files.h"
+#include "formats/gguf.h"
+#include "engine/adapter.h"
+#include "engine/forward.h"
 #include "engine/training.h"
 #include "formats/safetensors.h"
 #include "support.h"
@@ -91,6 +96,35 @@ TEST_CASE("a new adapter changes nothing and no two tensors are alike") {
   CHECK(make_lora(files.config, {.rank = 8, .alpha = 16, .targets = {}}, 43).values != lora.values);
 }
 
+TEST_CASE("an adapter beside the weights computes what the merged model does") {
+  Pool pool(2);
+  for (const char* name : kModels) {
+    CAPTURE(name);
+    const ModelFiles files = open_model(kGolden / name);
+    const Lora lora = shaken(files.config, true);
+    const TempDir dir;
+    write_merged_gguf(dir.path() / "merged.gguf", files, lora, DType::f32);
+    const Model base = load(pool, kGolden / name), merged = load(pool, dir.path() / "merged.gguf");
+    const Adapter adapter = make_adapter(lora);
+    const auto logits = [&](const Model& model, const Adapter* a) {
+      Engine engine(
+          pool, model,
+          {.step_tokens = 64, .cache_tokens = 128, .kv_type = KvType::f32, .adapter = a});
+      KvSequence sequence = engine.cache().make_sequence();
+      const std::vector<int32_t> ids = some_ids(40);
+      const StepSpan span{&sequence, ids, 0};
+      std::vector<float> out;
+      engine.step({&span, 1}, [&](size_t, size_t count, float* rows) {
+        out.insert(out.end(), rows, rows + count * model.config.vocab);
+      });
+      return out;
+    };
+    const std::vector<float> expected = logits(merged, nullptr);
+    check_close(logits(base, &adapter), expected, 2e-4);
+    CHECK(std::abs(double{logits(base, nullptr)[0]} - double{expected[0]}) > 1e-3);
+  }
+}
+
 TEST_CASE("target modules are read as PEFT spells them") {
   CHECK(parse_target_modules("all-linear").size() == kProjections);
   CHECK(parse_target_modules("q_proj,v_proj") == std::vector{Projection::q, Projection::v});
@@ -139,6 +173,85 @@ TEST_CASE("different ranks, a rank-stabilised scale and single layers survive th
   CHECK(again.values == lora.values);
   CHECK(again.layers[0][0].scale == 4);
   CHECK(again.layers[2][6].scale == 1);
+}
+
+TEST_CASE("PEFT's alpha_pattern is matched as PEFT matches it") {
+  const Config config = open_model(kGolden / "llama").config;
+  const TempDir dir;
+  auto j = nlohmann::ordered_json::parse(read_file(kGolden / "llama/start/adapter_config.json"));
+  const double alpha = j["lora_alpha"], rank = j["r"];
+  const auto scale_of_q = [&](const char* pattern) {
+    j["alpha_pattern"] = nlohmann::ordered_json::parse(pattern);
+    dir.file("adapter_config.json", j.dump());
+    dir.file("adapter_model.safetensors",
+             read_file(kGolden / "llama/start/adapter_model.safetensors"));
+    const Lora lora = read_peft_adapter(dir.path(), config);
+    return std::pair(double{lora.layers[0][0].scale}, double{lora.layers[1][0].scale});
+  };
+  const double plain = alpha / rank;
+  CHECK(scale_of_q("{}") == std::pair(plain, plain));
+  CHECK(scale_of_q(R"({"q_proj": 12})") == std::pair(12 / rank, 12 / rank));
+  CHECK(scale_of_q(R"({"_proj": 12})") == std::pair(plain, plain));
+  CHECK(scale_of_q(R"({"^model.layers.1.self_attn.q_proj": 12})") == std::pair(plain, 12 / rank));
+  CHECK(scale_of_q(R"({".*layers\\.0\\..*": 12, ".*q_proj": 24})") ==
+        std::pair(12 / rank, 24 / rank));
+}
+
+TEST_CASE("PEFT's ranks and alphas by pattern compute what PEFT computes, there and back") {
+  Pool pool(2);
+  Model base = load(pool, kGolden / "llama");
+  const Lora lora = read_peft_adapter(kGolden / "patterns", base.config);
+  const SafetensorsFile golden(kGolden / "patterns" / "losses.safetensors");
+  const Tensor &ids = *golden.find("ids"), &expected = *golden.find("losses");
+  std::vector<int32_t> tokens;
+  for (size_t i = 0; i < ids.count(); ++i)
+    tokens.push_back(
+        static_cast<int32_t>(reinterpret_cast<const int64_t*>(ids.data.data())[i]));
+  const auto* first = reinterpret_cast<const float*>(expected.data.data());
+  const std::vector<float> wanted(first, first + expected.count());
+  check_close(losses(pool, base, lora, tokens), wanted, 1e-4);
+  CHECK(lora.layers[0][0].rank == 3);
+  CHECK(lora.layers[1][0].rank == 4);
+  CHECK(lora.layers[1][6].scale == doctest::Approx(9 / std::sqrt(6.0)));
+  const TempDir dir;
+  write_peft_adapter(dir.path(), lora, "base");
+  check_close(losses(pool, base, read_peft_adapter(dir.path(), base.config), tokens), wanted, 1e-4);
+}
+
+TEST_CASE("a GGUF adapter holds B in the file's row order and a scale that readers know") {
+  for (const char* name : {"llama", "gemma3"}) {
+    CAPTURE(name);
+    const ModelFiles files = open_model(kGolden / name);
+    Lora lora = shaken(files.config, true);
+    const TempDir dir;
+    write_gguf_adapter(dir.path() / "a.gguf", files, lora);
+    const GgufFile file(dir.path() / "a.gguf");
+    CHECK(file.metadata().text("general.type") == "adapter");
+    CHECK(file.metadata().text("general.architecture") == files.config.family);
+    const double alpha = file.metadata().number("adapter.lora.alpha").value();
+    CHECK(alpha == doctest::Approx(7 * std::sqrt(3.0)));
+    CHECK(file.tensors().size() == 2 * kProjections * lora.layers.size());
+
+    // Base and adapter as a reader joins them: W + alpha/r · B·A, all in the file's order.
+    write_merged_gguf(dir.path() / "base.gguf", files, no_adapter(files.config), DType::f32);
+    write_merged_gguf(dir.path() / "merged.gguf", files, lora, DType::f32);
+    const GgufFile base(dir.path() / "base.gguf"), merged(dir.path() / "merged.gguf");
+    for (const char* part : {"attn_q", "attn_k", "attn_v", "ffn_down"}) {
+      const std::string weight = fmt::format("blk.1.{}.weight", part);
+      const Tensor &w = *base.find(weight), &sum = *merged.find(weight),
+                   &a = *file.find(weight + ".lora_a"), &b = *file.find(weight + ".lora_b");
+      const auto value = [](const Tensor& t, size_t i) {
+        return double{reinterpret_cast<const float*>(t.data.data())[i]};
+      };
+      const size_t rank = a.shape[0], in = a.shape[1];
+      for (size_t row = 0; row < b.shape[0]; ++row) {
+        double x = value(w, row * in + 5);
+        for (size_t r = 0; r < rank; ++r)
+          x += alpha / static_cast<double>(rank) * value(b, row * rank + r) * value(a, r * in + 5);
+        REQUIRE(x == doctest::Approx(value(sum, row * in + 5)).epsilon(1e-5));
+      }
+    }
+  }
 }
 
 TEST_CASE("adapters that moru does not compute, or of another model, are refused by name") {
@@ -194,9 +307,20 @@ TEST_CASE("a merged model computes what base and adapter compute together") {
       write_merged_gguf(dir.path() / "again.gguf", base_gguf, lora, DType::f32);
       Model again = load(pool, dir.path() / "again.gguf");
       check_close(losses(pool, again, no_adapter(base.config), ids), wanted, 2e-5);
-      CHECK(error_from([&] {
-              write_merged_folder(dir.path() / "no", base_gguf, lora, DType::f32);
-            }).kind() == ErrorKind::unsupported);
+      // From that GGUF back to a folder, whose config and tokenizer come from its metadata.
+      write_merged_folder(dir.path() / "back", base_gguf, lora, DType::f32, 20'000);
+      const ModelFiles back = open_model(dir.path() / "back");
+      Model again_folder = load(pool, dir.path() / "back");
+      check_close(losses(pool, again_folder, no_adapter(base.config), ids), wanted, 2e-5);
+      CHECK(std::filesystem::exists(dir.path() / "back" / "model.safetensors.index.json"));
+      CHECK(back.config.rope.theta == files.config.rope.theta);
+      CHECK(back.config.attn_scale == files.config.attn_scale);
+      CHECK(back.config.tied_head == files.config.tied_head);
+      CHECK(back.stop_ids == base_gguf.stop_ids);
+      REQUIRE(back.chat_template.has_value());
+      CHECK(back.chat_template->source() == files.chat_template->source());
+      CHECK(back.tokenizer.encode("the other, 12 모루") ==
+            files.tokenizer.encode("the other, 12 모루"));
     }
   }
 }
