@@ -1,20 +1,23 @@
 #include "base/hash.h"
 
+#include <fmt/format.h>
 #include <openssl/evp.h>
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <memory>
 #include <vector>
 
 #include "base/error.h"
-#include "base/files.h"
 
 namespace moru {
 
-std::string sha256(std::span<const std::byte> bytes) {
-  std::array<unsigned char, 32> digest{};
-  unsigned int length = 0;
-  MORU_CHECK(EVP_Digest(bytes.data(), bytes.size(), digest.data(), &length, EVP_sha256(), nullptr));
+namespace {
+
+std::string hex_of(std::span<const unsigned char> digest) {
   std::string hex;
   for (const unsigned char byte : digest) {
     hex += "0123456789abcdef"[byte >> 4];
@@ -23,12 +26,48 @@ std::string sha256(std::span<const std::byte> bytes) {
   return hex;
 }
 
+// Of a file, a piece at a time: a mapping of a large one would count as memory of the process.
+std::string sha256_of_file(const std::filesystem::path& path) {
+  struct Close {
+    void operator()(std::FILE* file) const { std::fclose(file); }
+    void operator()(EVP_MD_CTX* context) const { EVP_MD_CTX_free(context); }
+  };
+  const std::unique_ptr<std::FILE, Close> file(std::fopen(path.c_str(), "rbe"));
+  if (!file) {
+    const bool absent = errno == ENOENT || errno == ENOTDIR;
+    throw Error(absent ? ErrorKind::not_found : ErrorKind::io,
+                {.where = path.string(),
+                 .what = fmt::format("cannot open: {}", std::strerror(errno)),
+                 .cure = absent ? "check the path" : ""});
+  }
+  const std::unique_ptr<EVP_MD_CTX, Close> context(EVP_MD_CTX_new());
+  MORU_CHECK(context && EVP_DigestInit_ex(context.get(), EVP_sha256(), nullptr));
+  std::vector<char> piece(size_t{1} << 20);
+  while (const size_t n = std::fread(piece.data(), 1, piece.size(), file.get()))
+    MORU_CHECK(EVP_DigestUpdate(context.get(), piece.data(), n));
+  if (std::ferror(file.get()))
+    throw Error(ErrorKind::io, {.where = path.string(), .what = "cannot be read", .cure = ""});
+  std::array<unsigned char, 32> digest{};
+  unsigned int length = 0;
+  MORU_CHECK(EVP_DigestFinal_ex(context.get(), digest.data(), &length));
+  return hex_of(digest);
+}
+
+}  // namespace
+
+std::string sha256(std::span<const std::byte> bytes) {
+  std::array<unsigned char, 32> digest{};
+  unsigned int length = 0;
+  MORU_CHECK(EVP_Digest(bytes.data(), bytes.size(), digest.data(), &length, EVP_sha256(), nullptr));
+  return hex_of(digest);
+}
+
 std::string sha256(std::string_view text) {
   return sha256(std::as_bytes(std::span(text.data(), text.size())));
 }
 
 std::string sha256_of_path(const std::filesystem::path& path) {
-  if (!std::filesystem::is_directory(path)) return sha256(MappedFile(path).bytes());
+  if (!std::filesystem::is_directory(path)) return sha256_of_file(path);
   std::vector<std::filesystem::path> files;
   for (const auto& entry : std::filesystem::recursive_directory_iterator(path))
     if (entry.is_regular_file()) files.push_back(entry.path());
@@ -36,7 +75,7 @@ std::string sha256_of_path(const std::filesystem::path& path) {
   std::string manifest;
   for (const auto& file : files)
     manifest += std::filesystem::relative(file, path).string() + " " +
-                sha256(MappedFile(file).bytes()) + "\n";
+                sha256_of_file(file) + "\n";
   return sha256(manifest);
 }
 

@@ -4,13 +4,20 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <charconv>
 #include <cstdio>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "base/clock.h"
+#include "base/cpu.h"
 #include "base/error.h"
 #include "base/files.h"
+#include "base/text.h"
+#include "forge/run_report.h"
+#include "forge/terminal.h"
+#include "tune/check.h"
 #include "tune/presets.h"
 #include "tune/trainer.h"
 
@@ -19,7 +26,9 @@ namespace {
 
 struct TuneFlags {
   TuneOptions options;
-  std::string model, data, out = "tuned", validation, adapter;
+  std::vector<std::string> data;
+  std::string dataset_info, normalize;
+  std::string model, out = "tuned", validation, adapter;
   std::string loss_type;
   std::string target_modules = "all-linear", schedule = "cosine", precision = "bf16";
   std::string recompute = "auto", truncation = "keep_start", merge, merge_type = "bf16";
@@ -42,15 +51,45 @@ std::string unescape(const std::string& text) {
   return out;
 }
 
+// "FILE", "FILE*0.5", or the name of a data set of --dataset-info.
+std::vector<DataSource> sources_of(const TuneFlags& flags) {
+  std::vector<DataSource> sources;
+  for (const std::string& text : flags.data) {
+    std::string name = text;
+    double weight = 1;
+    if (const size_t star = text.rfind('*');
+        star != std::string::npos && !std::filesystem::exists(text)) {
+      name = text.substr(0, star);
+      const char* end = text.data() + text.size();
+      const auto [stop, failed] = std::from_chars(text.data() + star + 1, end, weight);
+      if (failed != std::errc{} || stop != end || !(weight > 0 && weight <= 1000))
+        throw Error(ErrorKind::usage, {.where = text,
+                                       .what = "has no weight above 0 after the *",
+                                       .cure = "for example pairs.jsonl*0.5"});
+    }
+    if (flags.dataset_info.empty() || std::filesystem::exists(name)) {
+      sources.push_back({.path = name, .weight = weight});
+      continue;
+    }
+    for (DataSetInfo& set : read_dataset_info(flags.dataset_info, {name}))
+      sources.push_back({.path = std::move(set.file),
+                         .format = std::move(set.format),
+                         .weight = weight,
+                         .num_samples = set.num_samples});
+  }
+  return sources;
+}
+
 TuneOptions options_of(const TuneFlags& flags) {
   TuneOptions o = flags.options;
   o.model = flags.model;
-  o.data = flags.data;
+  o.data = sources_of(flags);
   o.out = flags.out;
   o.validation = flags.validation;
   o.adapter = flags.adapter;
   if (!flags.loss_type.empty()) o.preference.loss = parse_preference_loss(flags.loss_type);
   o.rows.plain_template = unescape(o.rows.plain_template);
+  o.rows.nfc = flags.normalize == "nfc";
   o.rows.truncation =
       flags.truncation == "keep_end" ? Truncation::keep_end : Truncation::keep_start;
   o.lora.targets = parse_target_modules(flags.target_modules);
@@ -62,60 +101,59 @@ TuneOptions options_of(const TuneFlags& flags) {
   return o;
 }
 
-// The first examples as the model will see them: what is learnt stands on green.
-void print_examples(const TuneOptions& o, size_t count) {
+// The first examples as the model will see them, and what may be wrong with the others.
+void print_check(const TuneOptions& o, size_t count) {
   const ModelFiles files = open_model(o.model);
-  const Dataset data = load_dataset(o.data, files, o.rows);
-  const bool colour = ::isatty(STDOUT_FILENO) != 0;
-  const char* learnt_on = colour ? "\033[30;42m" : "[[";
-  const char* off = colour ? "\033[0m" : "]]";
+  Pool pool(o.threads == 0 ? usable_threads() : o.threads);
+  LoadExamples request{.sources = o.data, .rows = o.rows, .max_bad = UINT64_MAX};
+  request.deduplicate = o.deduplicate;
+  request.seed = o.seed;
+  request.spill = std::filesystem::temp_directory_path() / fmt::format("moru-check-{}", ::getpid());
+  const LoadedExamples data = load_examples(pool, files, request);
+  remove_examples(request.spill);  // what is mapped stays readable
+  const ShowOptions show{.colour = wants_colour(STDOUT_FILENO),
+                         .width = terminal_width(STDOUT_FILENO)};
   for (size_t i = 0; i < std::min(count, data.examples.size()); ++i) {
-    const Example& e = data.examples[i];
-    fmt::print("--- line {}: {} tokens, {} learnt\n", e.line, e.ids.size(), e.trained_tokens());
-    for (size_t at = 0; at < e.ids.size();) {
-      size_t end = at;
-      while (end < e.ids.size() && e.trained[end] == e.trained[at]) ++end;
-      const std::string text = files.tokenizer.decode(std::span(e.ids).subspan(at, end - at), true);
-      if (e.trained[at] != 0)
-        fmt::print("{}{}{}", learnt_on, text, off);
-      else
-        fmt::print("{}", text);
-      at = end;
-    }
-    fmt::print("\n");
+    const ExampleView e = data.examples[i];
+    fmt::print("{}\n", show_example(files, e, o.data[e.source].path.filename().string(), show));
   }
-  const DataCounts& c = data.counts;
-  fmt::print(
-      "--- {} rows: {} examples, {} tokens, {} learnt; {} truncated, {} without an answer, "
-      "{} not understood, {} learnt turn by turn, {} given EOS\n",
-      c.rows, data.examples.size(), data.tokens(), data.trained_tokens(), c.truncated,
-      c.without_answer, c.bad, c.split_by_turn, c.without_end);
-  for (size_t i = 0; i < std::min<size_t>(5, data.problems.size()); ++i)
-    fmt::print("    line {}: {} {}\n", data.problems[i].line, data.problems[i].field,
-               data.problems[i].what);
+  fmt::print("{}", show_report(files, data, report_of(files, data.examples), show.width));
 }
 
-void print_event(const TuneEvent& event, bool live) {
+// One line on a terminal, rewritten and never wider than it; a line a step elsewhere.
+void print_event(const TuneEvent& event, bool live, size_t width) {
   if (event.kind == TuneEvent::Kind::step) {
-    const std::string line = fmt::format(
-        "step {:>4}/{}  epoch {:.2f}  loss {:.4f}  lr {:.2e}  grad norm {:.3f}  {:.0f} tokens/s  "
-        "{} "
-        "left",
-        event.step, event.steps, event.epoch, event.loss, event.lr, event.grad_norm,
-        event.tokens_per_second, format_duration(event.seconds_left));
-    fmt::print(stderr, "{}{}{}", live ? "\r\033[K" : "", line, live ? "" : "\n");
+    const std::string line =
+        fmt::format("step {}/{}  loss {:.4f}  {:.0f} tokens/s  {} left  lr {:.1e}  norm {:.2f}",
+                    event.step, event.steps, event.loss, event.tokens_per_second,
+                    format_duration(event.seconds_left), event.lr, event.grad_norm);
+    if (live)
+      fmt::print(stderr, "\r\033[K{}", truncate_to_width(line, width - 1));
+    else
+      fmt::print(stderr, "{}\n", line);
   } else {
     fmt::print(stderr, "{}{}\n", live ? "\r\033[K" : "", event.text);
   }
   std::fflush(stderr);
 }
 
+void write_report(const std::filesystem::path& folder) {
+  // A finished run that is asked for again may have lost its log.
+  if (std::filesystem::exists(folder / "log.jsonl"))
+    write_file(folder / "report.html", run_report_html(folder));
+}
+
 void run_tune(const TuneFlags& flags) {
   const TuneOptions o = options_of(flags);
-  if (flags.check != 0) return print_examples(o, flags.check);
+  if (flags.check != 0) return print_check(o, flags.check);
   const bool live = ::isatty(STDERR_FILENO) != 0;
-  const TuneResult r = tune(o, [&](const TuneEvent& event) { print_event(event, live); });
+  const TuneResult r = tune(o, [&](const TuneEvent& event) {
+    print_event(event, live, terminal_width(STDERR_FILENO));
+    // The page grows with every validation; whoever watches reloads it.
+    if (event.kind == TuneEvent::Kind::validation) write_report(o.out);
+  });
   if (live) fmt::print(stderr, "\r\033[K");
+  write_report(o.out);
 
   std::string merged;
   if (!flags.merge.empty() && r.model.empty()) {
@@ -143,6 +181,7 @@ void run_tune(const TuneFlags& flags) {
     fmt::print("adapter: {}\n", r.adapter.string());
   else
     fmt::print("model: {}\n", r.model.string());
+  fmt::print("report: {}\n", (o.out / "report.html").string());
   if (!merged.empty()) fmt::print("merged model: {}\n", merged);
 }
 
@@ -161,7 +200,13 @@ void add_tune(CLI::App& app) {
       "what is learnt from: sft (answers, the default), text (raw text), dpo, simpo, orpo "
       "(pairs), kto (labelled answers)");
   cmd->add_option("model", flags->model, "GGUF file or Hugging Face folder")->required();
-  cmd->add_option("data", flags->data, "rows to learn: JSON Lines, JSON or CSV")->required();
+  cmd->add_option("data", flags->data,
+                  "rows to learn: JSON Lines, JSON or CSV, also gzip; FILE*0.5 takes a half of "
+                  "them, FILE*2 each twice")
+      ->required();
+  cmd->add_option("--dataset-info", flags->dataset_info,
+                  "a LLaMA-Factory dataset_info.json: its data sets may be named as data")
+      ->check(CLI::ExistingFile);
   cmd->add_option("-o,--out", flags->out, "folder for the adapter, log and checkpoint")
       ->capture_default_str();
   cmd->add_option("--validation", flags->validation, "rows to validate on, not learnt");
@@ -179,6 +224,11 @@ void add_tune(CLI::App& app) {
   cmd->add_option("--truncation-mode", flags->truncation, "which part of a long row stays")
       ->check(CLI::IsMember({"keep_start", "keep_end"}))
       ->capture_default_str();
+  cmd->add_option("--max-bad", o.max_bad, "rows that may be unusable before the run is refused")
+      ->capture_default_str();
+  cmd->add_flag("--deduplicate", o.deduplicate, "learn equal examples once");
+  cmd->add_option("--normalize", flags->normalize, "nfc: compose decomposed text (Korean as jamo)")
+      ->check(CLI::IsMember({"nfc"}));
   cmd->add_flag("--last-turn-only", o.rows.last_turn_only, "learn only the last answer of a row");
 
   cmd->add_option("--lora-r,--lora-rank", o.lora.rank, "rank")->capture_default_str();
@@ -197,7 +247,8 @@ void add_tune(CLI::App& app) {
   cmd->add_flag("--full", o.learnt.full, "learn every weight instead of an adapter");
   cmd->add_option("--freeze-layers", o.learnt.frozen_layers,
                   "with --full: so many layers from below, and the embedding, stay as they are");
-  cmd->add_flag("--qlora", o.keep_quantized, "keep a quantized model packed: less memory");
+  cmd->add_flag("--qlora", o.keep_quantized,
+                "keep a quantized model packed: less memory");
 
   cmd->add_option("--loss-type", flags->loss_type,
                   "of pairs: sigmoid, hinge, ipo, robust, sigmoid_norm, dpop, sppo_hard, apo_zero, "
@@ -253,7 +304,8 @@ void add_tune(CLI::App& app) {
   cmd->add_option("--merge-type", flags->merge_type, "numbers of the merged model")
       ->check(CLI::IsMember({"f32", "bf16", "f16"}))
       ->capture_default_str();
-  cmd->add_option("--check", flags->check, "print the first N rendered examples and stop");
+  cmd->add_option("--check", flags->check,
+                  "print the first N rendered examples and what is odd about the rest, and stop");
   cmd->add_flag("--json", flags->json, "print the result as JSON");
   cmd->callback([flags] { run_tune(*flags); });
 }

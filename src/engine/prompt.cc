@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <charconv>
 #include <nlohmann/json.hpp>
 
 #include "base/error.h"
@@ -12,71 +13,48 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-// Calls `visit` on every text that a message carries: its content, or its content's text parts.
-template <typename Visit>
-void each_content(Json& messages, Visit&& visit) {
-  for (Json& message : messages) {
-    if (!message.is_object() || !message.contains("content")) continue;
-    Json& content = message["content"];
-    if (content.is_string()) {
-      visit(content.get_ref<std::string&>());
-    } else if (content.is_array()) {
-      for (Json& part : content)
-        if (part.is_object() && part.contains("text") && part["text"].is_string())
-          visit(part["text"].get_ref<std::string&>());
+// Calls `on_text(key, text)` on every text that messages and tools bring in, with the name of the
+// member that holds it, and `on_key` on the names of members.
+template <typename OnText, typename OnKey>
+void each_text(Json& value, const std::string& key, const OnText& on_text, const OnKey& on_key) {
+  if (value.is_string()) return on_text(key, value.get_ref<std::string&>());
+  if (value.is_object()) {
+    for (auto item = value.begin(); item != value.end(); ++item) {
+      on_key(item.key());
+      each_text(*item, item.key(), on_text, on_key);
     }
+  } else if (value.is_array()) {
+    for (Json& item : value) each_text(item, key, on_text, on_key);
   }
 }
 
-bool spells_control(const Tokenizer& tokenizer, std::string_view text) {
-  const std::vector<TokenId> ids = tokenizer.encode(text, Tokenizer::Specials::parse);
-  return std::any_of(ids.begin(), ids.end(), [&](TokenId id) { return tokenizer.is_control(id); });
-}
-
-std::string_view trimmed(std::string_view text) {
-  const size_t first = text.find_first_not_of(" \t\r\n");
-  if (first == std::string_view::npos) return {};
-  return text.substr(first, text.find_last_not_of(" \t\r\n") - first + 1);
-}
-
-// A stand-in for content `index` that no template or tokenizer touches (private-use code points).
-std::string stand_in(size_t index) { return fmt::format("\uE0F0{}\uE0F1", index); }
-
-// Ids of the conversation where some content spells control tokens: rendered with stand-ins, then
-// each content is encoded literally in its place.
-std::vector<TokenId> encode_literally(const ModelFiles& files, ChatTemplate::Inputs inputs) {
-  const std::string whole = render_chat(files, inputs);
-  std::vector<std::string> contents;
-  each_content(inputs.messages, [&](std::string& text) {
-    contents.push_back(text);
-    text = stand_in(contents.size() - 1);
-  });
-  const std::string frame = render_chat(files, std::move(inputs));
-
-  std::vector<TokenId> ids;
-  std::string rebuilt;
-  size_t at = 0;
-  const auto add = [&](std::string_view text, Tokenizer::Specials specials) {
-    rebuilt += text;
-    const std::vector<TokenId> more = files.tokenizer.encode(text, specials);
-    ids.insert(ids.end(), more.begin(), more.end());
-  };
-  for (size_t i = 0; i < contents.size(); ++i) {
-    const std::string mark = stand_in(i);
-    const size_t found = frame.find(mark, at);
-    if (found == std::string::npos) continue;  // the template leaves this message out
-    add(std::string_view(frame).substr(at, found - at), Tokenizer::Specials::parse);
-    // Templates that trim did trim the stand-in, which shows in nothing; the whole rendering does.
-    const bool untouched = std::string_view(whole).substr(rebuilt.size()).starts_with(contents[i]);
-    add(untouched ? std::string_view(contents[i]) : trimmed(contents[i]),
-        Tokenizer::Specials::literal);
-    at = found + mark.size();
-  }
-  add(std::string_view(frame).substr(at), Tokenizer::Specials::parse);
-  if (rebuilt == whole) return ids;
+[[noreturn]] void refuse_spelling() {
   throw Error(ErrorKind::bad_input, {.where = "messages",
                                      .what = "a message spells a control token of the model",
                                      .cure = "take it out of the text"});
+}
+
+// A stand-in for spelling `index` that no template or tokenizer touches (private-use characters).
+constexpr std::string_view kMarkBegin = "\uE0F0", kMarkEnd = "\uE0F1";
+std::string stand_in(size_t index) { return fmt::format("{}{}{}", kMarkBegin, index, kMarkEnd); }
+
+// The rendering whose stand-ins give way to what they stand for.
+PromptText put_back(std::string_view frame, std::span<const std::string> spellings) {
+  PromptText out;
+  for (;;) {
+    const size_t at = frame.find(kMarkBegin);
+    out.text += frame.substr(0, at);
+    if (at == frame.npos) return out;
+    frame.remove_prefix(at + kMarkBegin.size());
+    size_t index = 0;
+    const auto [end, failed] = std::from_chars(frame.data(), frame.data() + frame.size(), index);
+    frame.remove_prefix(static_cast<size_t>(end - frame.data()));
+    if (failed != std::errc{} || !frame.starts_with(kMarkEnd) || index >= spellings.size())
+      refuse_spelling();  // a message holds the stand-in's own characters
+    frame.remove_prefix(kMarkEnd.size());
+    out.literal.push_back({out.text.size(), out.text.size() + spellings[index].size()});
+    out.text += spellings[index];
+  }
 }
 
 void put_bos_once(const Tokenizer& tokenizer, std::vector<TokenId>& ids) {
@@ -86,7 +64,35 @@ void put_bos_once(const Tokenizer& tokenizer, std::vector<TokenId>& ids) {
 
 }  // namespace
 
-std::string render_chat(const ModelFiles& files, ChatTemplate::Inputs inputs) {
+PromptText PromptText::first(size_t bytes) const {
+  PromptText out{text.substr(0, bytes), {}};
+  for (const TextSpan& span : literal)
+    if (span.begin < bytes) out.literal.push_back({span.begin, std::min(span.end, bytes)});
+  return out;
+}
+
+PromptText PromptText::from(size_t byte) const {
+  PromptText out{text.substr(byte), {}};
+  for (const TextSpan& span : literal)
+    if (span.end > byte) out.literal.push_back({std::max(span.begin, byte) - byte, span.end - byte});
+  return out;
+}
+
+bool PromptText::starts_with(const PromptText& start) const {
+  return text.starts_with(start.text) && first(start.text.size()).literal == start.literal;
+}
+
+void PromptText::append(const PromptText& more) {
+  for (const TextSpan& span : more.literal)
+    literal.push_back({text.size() + span.begin, text.size() + span.end});
+  text += more.text;
+}
+
+std::vector<TokenId> encode(const Tokenizer& tokenizer, const PromptText& prompt) {
+  return tokenizer.encode(prompt.text, prompt.literal);
+}
+
+PromptText render_chat(const ModelFiles& files, ChatTemplate::Inputs inputs) {
   if (!files.chat_template)
     throw Error(ErrorKind::unsupported, {.where = files.path.string(),
                                          .what = "the model has no chat template",
@@ -94,22 +100,41 @@ std::string render_chat(const ModelFiles& files, ChatTemplate::Inputs inputs) {
   const Tokenizer& tokenizer = files.tokenizer;
   if (tokenizer.bos()) inputs.bos_token = std::string(tokenizer.piece(*tokenizer.bos()));
   if (tokenizer.eos()) inputs.eos_token = std::string(tokenizer.piece(*tokenizer.eos()));
-  return files.chat_template->render(inputs);
+  const std::string whole = files.chat_template->render(inputs);
+
+  std::vector<std::string> spellings;
+  size_t in_contents = 0;
+  std::string contents;  // as a template may join the parts of one
+  const auto mark = [&](const std::string& key, std::string& text) {
+    const bool part = key == "content" || key == "text";
+    if (part) contents += text;
+    const std::vector<TextSpan> spans = tokenizer.control_spans(text);
+    if (part) in_contents += spans.size();
+    for (size_t i = spans.size(); i-- > 0;) {
+      const auto [begin, end] = spans[i];
+      spellings.push_back(text.substr(begin, end - begin));
+      text.replace(begin, end - begin, stand_in(spellings.size() - 1));
+    }
+  };
+  const auto check_key = [&](const std::string& key) {
+    if (!tokenizer.control_spans(key).empty()) refuse_spelling();
+  };
+  each_text(inputs.messages, "", mark, check_key);
+  each_text(inputs.tools, "", mark, check_key);
+  if (tokenizer.control_spans(contents).size() > in_contents) refuse_spelling();
+  if (spellings.empty()) return {whole, {}};
+  PromptText marked = put_back(files.chat_template->render(inputs), spellings);
+  if (marked.text != whole) refuse_spelling();
+  return marked;
 }
 
 std::vector<TokenId> encode_chat(const ModelFiles& files, const ChatTemplate::Inputs& inputs) {
-  bool spelled = false;
-  Json messages = inputs.messages;
-  each_content(messages, [&](const std::string& text) {
-    spelled = spelled || spells_control(files.tokenizer, text);
-  });
-  std::vector<TokenId> ids = spelled ? encode_literally(files, inputs)
-                                     : files.tokenizer.encode(render_chat(files, inputs));
+  std::vector<TokenId> ids = encode(files.tokenizer, render_chat(files, inputs));
   put_bos_once(files.tokenizer, ids);
   return ids;
 }
 
-std::string render_plain_prompt(std::string_view plain_template, const Json& messages) {
+PromptText render_plain_prompt(std::string_view plain_template, const Json& messages) {
   constexpr std::string_view kPrompt = "{prompt}", kCompletion = "{completion}";
   const size_t end = plain_template.find(kCompletion);
   if (end == std::string_view::npos)
@@ -117,19 +142,24 @@ std::string render_plain_prompt(std::string_view plain_template, const Json& mes
                 {.where = "--template",
                  .what = fmt::format("\"{}\" has no {}", plain_template, kCompletion),
                  .cure = "for example \"{prompt}\\n{completion}\""});
-  std::string contents;
+  PromptText contents;
   for (const Json& message : messages) {
     const auto content = message.find("content");
     if (content == message.end() || !content->is_string())
       throw Error(ErrorKind::bad_input, {.where = "messages",
                                          .what = "a message has no text",
                                          .cure = "a plain template takes texts alone"});
-    if (!contents.empty()) contents += "\n";
-    contents += content->get_ref<const std::string&>();
+    if (!contents.text.empty()) contents.text += "\n";
+    contents.text += content->get_ref<const std::string&>();
   }
-  std::string text(plain_template.substr(0, end));
-  const size_t at = text.find(kPrompt);
-  return at == std::string::npos ? text : text.replace(at, kPrompt.size(), contents);
+  contents.literal = {{0, contents.text.size()}};
+  const std::string_view before = plain_template.substr(0, end);
+  const size_t at = before.find(kPrompt);
+  PromptText out{std::string(before.substr(0, at)), {}};
+  if (at == before.npos) return out;
+  out.append(contents);
+  out.append({std::string(before.substr(at + kPrompt.size())), {}});
+  return out;
 }
 
 std::vector<TokenId> encode_prompt(const ModelFiles& files, const PromptStyle& style,
@@ -139,9 +169,12 @@ std::vector<TokenId> encode_prompt(const ModelFiles& files, const PromptStyle& s
     messages.insert(messages.begin(), {{"role", "system"}, {"content", style.system}});
   if (style.plain_template.empty() && files.chat_template)
     return encode_chat(files, {.messages = std::move(messages), .add_generation_prompt = true});
-  return encode_text(
-      files, render_plain_prompt(
-                 style.plain_template.empty() ? kPlainTemplate : style.plain_template, messages));
+  std::vector<TokenId> ids = encode(
+      files.tokenizer,
+      render_plain_prompt(style.plain_template.empty() ? kPlainTemplate : style.plain_template,
+                          messages));
+  put_bos_once(files.tokenizer, ids);
+  return ids;
 }
 
 std::vector<TokenId> encode_text(const ModelFiles& files, std::string_view text) {

@@ -9,20 +9,34 @@
 
 namespace moru {
 
-// The rendered conversation, as text. `inputs.bos_token` and `eos_token` are filled in here.
-// Errors: unsupported (the model has no template), bad_input (the template refuses).
-std::string render_chat(const ModelFiles& files, ChatTemplate::Inputs inputs);
+// A text and where it came from messages that spell control tokens ("<|im_end|>"): there it stays
+// text. Serving and training both make ids of it, so a model is asked as it was taught.
+struct PromptText {
+  std::string text;
+  std::vector<TextSpan> literal;  // in order and apart
 
-// Its ids. Control tokens come from the template alone: where a message spells one ("<|im_end|>"),
-// its text stays text. Errors as above.
+  PromptText first(size_t bytes) const;
+  PromptText from(size_t byte) const;
+  bool starts_with(const PromptText& start) const;
+  void append(const PromptText& more);
+};
+std::vector<TokenId> encode(const Tokenizer& tokenizer, const PromptText& prompt);
+
+// The rendered conversation. `inputs.bos_token` and `eos_token` are filled in here. Control tokens
+// come from the template alone: those that a message, a name, a tool or its arguments spell are
+// literal. Errors: unsupported (the model has no template); bad_input (the template refuses, or
+// changes a text that spells a control token beyond recognition).
+PromptText render_chat(const ModelFiles& files, ChatTemplate::Inputs inputs);
+// Its ids, with BOS once.
 std::vector<TokenId> encode_chat(const ModelFiles& files, const ChatTemplate::Inputs& inputs);
 
 // A plain rendering instead of the model's chat template: "{prompt}\n{completion}". {prompt} stands
 // for the contents of all messages, one below the other; the answer follows what comes before
-// {completion}. Error usage: a template without {completion}.
+// {completion}. The contents are literal. Errors: usage (a template without {completion}),
+// bad_input (a message without text).
 inline constexpr std::string_view kPlainTemplate = "{prompt}\n{completion}";
-std::string render_plain_prompt(std::string_view plain_template,
-                                const nlohmann::ordered_json& messages);
+PromptText render_plain_prompt(std::string_view plain_template,
+                               const nlohmann::ordered_json& messages);
 
 // How conversations become prompts: by the chat template, or by a plain one where it is not empty
 // or the model has none.

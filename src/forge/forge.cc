@@ -173,7 +173,7 @@ struct Forge {
     live.begin("tune");
     TuneOptions tuning = options.tune;
     tuning.model = options.model;
-    tuning.data = options.pairs;
+    tuning.data = {{.path = options.pairs}};
     tuning.out = options.out / "tuning";
     tuning.rows.plain_template = options.style.plain_template;
     tuning.rows.system = options.style.system;

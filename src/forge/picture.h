@@ -23,6 +23,9 @@ std::string cost_quality_svg(const ForgeReport& report, const PictureSize& size)
 // Loss against step: the training batches and the validation split.
 std::string curve_svg(const ForgeReport& report, const PictureSize& size);
 
+// A page on its own in the reports' style: no file or address beside it. `body` is markup.
+std::string page_html(std::string_view title, std::string_view body);
+
 // Text for HTML and SVG: markup is escaped, what is no character becomes U+FFFD.
 std::string escape_markup(std::string_view text);
 

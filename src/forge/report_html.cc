@@ -355,15 +355,18 @@ std::string provenance(const ForgeReport& r) {
 
 }  // namespace
 
-std::string report_html(const ForgeReport& r) {
-  std::string out = fmt::format(
+std::string page_html(std::string_view title, std::string_view body) {
+  return fmt::format(
       "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
       "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
       "<meta http-equiv=\"Content-Security-Policy\" "
       "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-      "<title>{} · moru forge report</title>\n<style>{}</style>\n</head>\n<body>\n",
-      text(r.title), kStyle);
-  out += head(r);
+      "<title>{}</title>\n<style>{}</style>\n</head>\n<body>\n{}</body>\n</html>\n",
+      text(title), kStyle, body);
+}
+
+std::string report_html(const ForgeReport& r) {
+  std::string out = head(r);
   out += "<main>\n";
   if (!r.candidates.empty()) out += picture(r) + candidates(r);
   out += list_section("What was tried", r.tried);
@@ -372,9 +375,8 @@ std::string report_html(const ForgeReport& r) {
   out += provenance(r);
   out += list_section("Plan: fall-backs", r.plan_log);
   out += "</main>\n";
-  out +=
-      fmt::format("<footer>Written by moru {}.</footer>\n</body>\n</html>\n", text(r.moru_version));
-  return out;
+  out += fmt::format("<footer>Written by moru {}.</footer>\n", text(r.moru_version));
+  return page_html(r.title + " · moru forge report", out);
 }
 
 }  // namespace moru

@@ -28,15 +28,16 @@ class AddedTokens {
   void add(AddedToken token);
   bool empty() const { return tokens_.empty(); }
 
-  // Calls `on_text(piece)` and `on_token(id)` for what `text` consists of, in order. Control
-  // tokens stay text where `controls` is false.
-  template <typename OnText, typename OnToken>
-  void split(std::string_view text, bool controls, OnText&& on_text, OnToken&& on_token) const {
+  // Calls `on_text(piece)` and `on_token(id)` for what `text` consists of, in order. A control
+  // token at [begin, end) of it stays text where `is_control(begin, end)` is false.
+  template <typename IsControl, typename OnText, typename OnToken>
+  void split(std::string_view text, IsControl&& is_control, OnText&& on_text,
+             OnToken&& on_token) const {
     size_t done = 0;
     for (size_t from = 0; const AddedToken* token = find(text, from);) {
       const size_t begin = from, end = from + token->content.size();
       from = end;
-      if (token->control && !controls) continue;
+      if (token->control && !is_control(begin, end)) continue;
       if (token->single_word && touches_word(text, begin, end)) continue;
       const auto [wide_begin, wide_end] = strip(*token, text, begin, end, done);
       if (wide_begin < done) continue;  // an earlier rstrip took it

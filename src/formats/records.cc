@@ -204,6 +204,7 @@ struct RecordReader::State {
   std::vector<std::string> cells;  // CSV: of the row being read, those that have a column
   size_t cell_count = 0;           // CSV: all cells of that row
   size_t bad_cell = 0;             // CSV: which of them has a problem
+  size_t row_bytes = 0;            // CSV: of that row
   size_t cells_max = kMaxColumns;
 
   void find_format();
@@ -291,7 +292,7 @@ void RecordReader::State::read_header() {
 }
 
 std::optional<Row> RecordReader::State::row_from_text(uint64_t at) {
-  Row row{at, nullptr};
+  Row row{at, nullptr, text.size()};
   if (overlong()) {
     note_overlong(at);
     return std::nullopt;
@@ -417,7 +418,7 @@ bool RecordReader::State::read_cells(std::string& problem) {
   cells.clear();
   cell_count = 0;
   text.clear();
-  size_t row_bytes = 0;
+  row_bytes = 0;
   At at = At::cell_start;
   const auto end_cell = [&] {
     if (cells.size() < cells_max) cells.push_back(text);
@@ -495,7 +496,7 @@ std::optional<Row> RecordReader::State::next_cells() {
       note(at, "", fmt::format("{} cells where the header has {}", cell_count, columns.size()));
       continue;
     }
-    Row row{at, nlohmann::ordered_json::object()};
+    Row row{at, nlohmann::ordered_json::object(), row_bytes};
     const std::string* bad_column = nullptr;
     auto& object = row.value.get_ref<nlohmann::ordered_json::object_t&>();
     object.reserve(columns.size());

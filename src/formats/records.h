@@ -16,6 +16,7 @@ namespace moru {
 struct Row {
   uint64_t line = 0;  // 1-based, where the row begins
   nlohmann::ordered_json value;
+  size_t bytes = 0;  // about how long it is in the file
 };
 
 // A row that could not be read: it is counted and told, not thrown.

@@ -163,37 +163,76 @@ Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
 Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
 
 std::vector<TokenId> Tokenizer::encode(std::string_view text, Specials specials) const {
+  const TextSpan whole{0, text.size()};
+  return encode(text, std::span(&whole, specials == Specials::literal ? 1u : 0u));
+}
+
+std::vector<TokenId> Tokenizer::encode(std::string_view text,
+                                       std::span<const TextSpan> literal) const {
   const Data& d = *data_;
   if (text.size() > kMaxTextBytes)
     throw Error(ErrorKind::bad_input, {.where = "text",
                                        .what = fmt::format("is {} bytes long", text.size()),
                                        .cure = "split it into parts below 256 MiB"});
   std::string repaired;
-  if (find_invalid_utf8(text)) text = repaired = repair_utf8(text);
+  const TextSpan all{0, std::string::npos};
+  if (find_invalid_utf8(text)) {
+    text = repaired = repair_utf8(text);
+    // Repaired bytes moved what spans count: a text with any keeps all its control tokens literal.
+    if (!literal.empty()) literal = {&all, 1};
+  }
+  // Whether no literal span touches [begin, end).
+  const auto free_of_literals = [&](size_t begin, size_t end) {
+    const auto next =
+        std::partition_point(literal.begin(), literal.end(),
+                             [&](const TextSpan& span) { return span.end <= begin; });
+    return next == literal.end() || next->begin >= end;
+  };
 
   const Borrowed scratch(d);
-  const bool controls = specials == Specials::parse;
   std::vector<TokenId> ids;
   ids.reserve(text.size() / 4 + 8);
   const auto take = [&](TokenId id) { ids.push_back(id); };
   d.raw_added.split(
-      text, controls,
+      text, free_of_literals,
       [&](std::string_view raw) {
         std::string normal;
-        const bool starts_text = raw.data() == text.data();
+        const auto offset = static_cast<size_t>(raw.data() - text.data());
         std::string_view piece = raw;
         if (!d.normalizer.empty()) piece = normal = d.normalizer.run(raw);
         d.normalized_added.split(
-            piece, controls,
+            piece,
+            [&](size_t begin, size_t end) {
+              // A normalizer moves what follows, so a piece counts as a whole.
+              return d.normalizer.empty() ? free_of_literals(offset + begin, offset + end)
+                                          : free_of_literals(offset, offset + raw.size());
+            },
             [&](std::string_view words) {
               d.pre_tokenizer.split(
-                  words, starts_text && words.data() == piece.data(),
+                  words, offset == 0 && words.data() == piece.data(),
                   [&](std::string_view word) { d.bpe.encode(word, *scratch, ids); });
             },
             take);
       },
       take);
   return ids;
+}
+
+std::vector<TextSpan> Tokenizer::control_spans(std::string_view text) const {
+  std::vector<TextSpan> found;
+  const Data& d = *data_;
+  const auto ignore = [](const auto&) {};
+  const auto note = [&](size_t begin, size_t end) {
+    found.push_back({begin, end});
+    return false;
+  };
+  d.raw_added.split(text, note, ignore, ignore);
+  if (!found.empty() || d.normalized_added.empty()) return found;
+  // Those looked for in normalized text are found, their places are not: the whole text is.
+  const std::string normal = d.normalizer.run(text);
+  d.normalized_added.split(normal, note, ignore, ignore);
+  if (!found.empty()) found = {{0, text.size()}};
+  return found;
 }
 
 std::string Tokenizer::decode(std::span<const TokenId> ids, bool with_specials) const {

@@ -20,6 +20,12 @@ namespace moru {
 
 using TokenId = int32_t;
 
+// Bytes [begin, end) of a text.
+struct TextSpan {
+  size_t begin = 0, end = 0;
+  bool operator==(const TextSpan&) const = default;
+};
+
 class Tokenizer {
  public:
   // Errors: bad_input, unsupported (an unknown pre-tokenizer or model, by name).
@@ -38,6 +44,12 @@ class Tokenizer {
   };
   // Ids of `text` without BOS or EOS. Invalid UTF-8 is taken as U+FFFD as `tokenizers` does.
   std::vector<TokenId> encode(std::string_view text, Specials specials = Specials::parse) const;
+
+  // As above with `parse`, except that no control token is found where it would touch one of the
+  // `literal` spans of the text, which stand in order and apart.
+  std::vector<TokenId> encode(std::string_view text, std::span<const TextSpan> literal) const;
+  // Where `text` spells control tokens, in order.
+  std::vector<TextSpan> control_spans(std::string_view text) const;
 
   // Text of the ids; control tokens and the unknown token are left out unless `with_specials`. May
   // end inside a character: streams use TextStream.

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
-#include <set>
 
 #include "base/error.h"
 #include "base/hash.h"
@@ -24,140 +23,22 @@ uint64_t hash_of(std::string_view text) {
   return std::stoull(sha256(text).substr(0, 16), nullptr, 16);
 }
 
-// A row that cannot be used: what stands at which field.
-struct Unusable {
-  std::string field, what;
-};
-
-// The text of a cell. Numbers and booleans are taken as they are written.
-std::string text_of(const ordered_json& row, const std::string& field) {
-  const auto found = row.find(field);
-  if (found == row.end()) throw Unusable{field, "is missing"};
-  if (found->is_string()) return found->get<std::string>();
-  if (found->is_null()) return {};
-  if (found->is_number() || found->is_boolean()) return found->dump();
-  throw Unusable{field, "is not a text"};
-}
-std::string text_or_empty(const ordered_json& row, const std::string& field) {
-  return row.contains(field) ? text_of(row, field) : std::string();
-}
-
-// ShareGPT's words for roles, and OpenAI's.
-std::string role_of(const std::string& word) {
-  static const std::map<std::string, std::string> kRoles = {{"human", "user"},
-                                                            {"user", "user"},
-                                                            {"gpt", "assistant"},
-                                                            {"assistant", "assistant"},
-                                                            {"model", "assistant"},
-                                                            {"bing", "assistant"},
-                                                            {"chatgpt", "assistant"},
-                                                            {"system", "system"},
-                                                            {"developer", "system"},
-                                                            {"tool", "tool"},
-                                                            {"observation", "tool"},
-                                                            {"function", "tool"},
-                                                            {"function_call", "assistant"}};
-  const auto found = kRoles.find(word);
-  if (found == kRoles.end()) throw Unusable{"role", fmt::format("\"{}\" is no role", word)};
-  return found->second;
-}
-
-ordered_json message(const std::string& role, const std::string& content) {
-  return {{"role", role}, {"content", content}};
-}
-
-// {from, value} or {role, content} to OpenAI's shape.
-ordered_json message_of(const ordered_json& turn) {
-  if (!turn.is_object()) throw Unusable{"messages", "a turn is not an object"};
-  const bool sharegpt = turn.contains("from");
-  ordered_json out = sharegpt ? ordered_json::object() : turn;
-  out["role"] = role_of(text_of(turn, sharegpt ? "from" : "role"));
-  if (sharegpt) out["content"] = text_of(turn, "value");
-  if (!out.contains("content") && !out.contains("tool_calls"))
-    throw Unusable{"content", "is missing"};
-  return out;
-}
-
-ordered_json messages_of(const ordered_json& list, const std::string& field) {
-  if (!list.is_array() || list.empty()) throw Unusable{field, "is not a list of turns"};
-  ordered_json out = ordered_json::array();
-  for (const ordered_json& turn : list) out.push_back(message_of(turn));
-  return out;
-}
-
-// A row as a conversation, whatever its format.
-ordered_json conversation_of(const ordered_json& row, const DataOptions& options) {
-  ordered_json messages = ordered_json::array();
-  if (!options.prompt_column.empty()) {
-    messages.push_back(message("user", text_of(row, options.prompt_column)));
-    messages.push_back(message("assistant", text_of(row, options.completion_column)));
-  } else if (row.contains("messages")) {
-    messages = messages_of(row["messages"], "messages");
-  } else if (row.contains("conversations")) {
-    messages = messages_of(row["conversations"], "conversations");
-  } else if (row.contains("prompt") && row.contains("completion")) {
-    const auto append = [&](const char* field, const char* role) {
-      if (row[field].is_array())
-        for (const ordered_json& turn : messages_of(row[field], field)) messages.push_back(turn);
-      else
-        messages.push_back(message(role, text_of(row, field)));
-    };
-    append("prompt", "user");
-    append("completion", "assistant");
-  } else if (row.contains("instruction") && row.contains("output")) {
-    if (const auto history = row.find("history"); history != row.end() && history->is_array()) {
-      for (const ordered_json& pair : *history) {
-        if (!pair.is_array() || pair.size() != 2 || !pair[0].is_string() || !pair[1].is_string())
-          throw Unusable{"history", "is not a list of [question, answer]"};
-        messages.push_back(message("user", pair[0].get<std::string>()));
-        messages.push_back(message("assistant", pair[1].get<std::string>()));
-      }
-    }
-    const std::string instruction = text_of(row, "instruction");
-    const std::string input = text_or_empty(row, "input");
-    messages.push_back(message("user", input.empty() ? instruction : instruction + "\n" + input));
-    messages.push_back(message("assistant", text_of(row, "output")));
-  } else {
-    throw Unusable{"",
-                   "has neither messages, conversations, prompt and completion, instruction "
-                   "and output, nor text"};
+// Every text of `value` in composed form, if `change`; whether one was not.
+bool compose(ordered_json& value, bool change) {
+  if (value.is_string()) {
+    std::string& text = value.get_ref<std::string&>();
+    const bool plain = std::all_of(text.begin(), text.end(),
+                                   [](char c) { return static_cast<unsigned char>(c) < 0x80; });
+    if (plain) return false;
+    std::string composed = nfc(text);
+    if (composed == text) return false;
+    if (change) text = std::move(composed);
+    return true;
   }
-  if (messages.front()["role"] != "system") {
-    std::string system = text_or_empty(row, "system");
-    if (system.empty()) system = options.system;
-    if (!system.empty()) messages.insert(messages.begin(), message("system", system));
-  }
-  const bool answered = std::any_of(messages.begin(), messages.end(),
-                                    [](const ordered_json& m) { return m["role"] == "assistant"; });
-  if (!answered) throw Unusable{"messages", "no turn is the assistant's"};
-  return messages;
-}
-
-ordered_json tools_of(const ordered_json& row) {
-  const auto found = row.find("tools");
-  if (found == row.end() || !found->is_string())
-    return found == row.end() ? ordered_json() : *found;
-  if (found->get_ref<const std::string&>().empty()) return {};
-  ordered_json parsed = ordered_json::parse(found->get_ref<const std::string&>(), nullptr, false);
-  if (parsed.is_discarded()) throw Unusable{"tools", "is not JSON"};
-  return parsed;
-}
-
-// What stands before the first answer: the identity of a row for splits.
-std::string prompt_text(const ordered_json& messages) {
-  std::string text;
-  for (const ordered_json& m : messages) {
-    if (m["role"] == "assistant") break;
-    if (m["role"] != "system" && m.contains("content"))
-      text +=
-          (m["content"].is_string() ? m["content"].get<std::string>() : m["content"].dump()) + "\n";
-  }
-  return text;
-}
-
-std::string replace(std::string text, std::string_view from, std::string_view to) {
-  const size_t at = text.find(from);
-  return at == std::string::npos ? text : text.replace(at, from.size(), to);
+  bool any = false;
+  if (value.is_structured())
+    for (ordered_json& item : value) any = compose(item, change) || any;
+  return any;
 }
 
 // Length of the longest common start that ends between characters.
@@ -202,26 +83,17 @@ ExampleMaker::ExampleMaker(const ModelFiles& files, DataOptions options)
     throw Error(ErrorKind::usage, {.where = "--template",
                                    .what = fmt::format("\"{}\" has no {{completion}}", plain),
                                    .cure = "for example \"{prompt}\\n{completion}\""});
+  if (!options_.prompt_column.empty()) {
+    options_.format = {.shape = RowFormat::Shape::pair};
+    options_.format.columns.prompt = options_.prompt_column;
+    options_.format.columns.response = options_.completion_column;
+  }
   stops_.assign(files.tokenizer.vocab_size(), false);
   const auto mark = [&](TokenId id) {
     if (id >= 0 && static_cast<size_t>(id) < stops_.size()) stops_[static_cast<size_t>(id)] = true;
   };
   for (const TokenId id : files.stop_ids) mark(id);
   for (const TokenId id : files.tokenizer.stop_ids()) mark(id);
-}
-
-std::string ExampleMaker::render(const ordered_json& messages, const ordered_json& tools,
-                                 bool add_generation_prompt) const {
-  const Tokenizer& tokenizer = files_->tokenizer;
-  const auto piece = [&](std::optional<TokenId> id) {
-    return id ? std::string(tokenizer.piece(*id)) : std::string();
-  };
-  return files_->chat_template->render({.messages = messages,
-                                        .tools = tools,
-                                        .add_generation_prompt = add_generation_prompt,
-                                        .bos_token = piece(tokenizer.bos()),
-                                        .eos_token = piece(tokenizer.eos()),
-                                        .extra = {}});
 }
 
 void ExampleMaker::add(const Row& row, Dataset& into) const {
@@ -231,14 +103,24 @@ void ExampleMaker::add(const Row& row, Dataset& into) const {
     into.problems.push_back({row.line, std::move(field), std::move(what)});
   };
   try {
-    const bool named = !options_.prompt_column.empty();
-    if (!named && row.value.contains("text") && !row.value.contains("messages") &&
-        !row.value.contains("prompt") && !row.value.contains("instruction")) {
-      const std::string text = text_of(row.value, "text");
-      return add_segments({{{text, true}}}, row.line, hash_of(text), into);
+    ordered_json value = row.value;
+    if (compose(value, options_.nfc)) ++into.counts.not_nfc;
+    TrainingRow read = read_row(value, options_.format);
+    switch (read.kind) {
+      case TrainingRow::Kind::text:
+        return add_segments({read.text, {}}, {{{read.text.size(), true}}}, row.line,
+                            hash_of(read.text), into);
+      case TrainingRow::Kind::conversation:
+        if (!options_.system.empty() && read.messages.front()["role"] != "system")
+          read.messages.insert(read.messages.begin(),
+                               {{"role", "system"}, {"content", options_.system}});
+        return add_conversation(read.messages, read.tools, row.line, into);
+      case TrainingRow::Kind::preference:
+        throw UnusableRow{"rejected", "makes this row a preference: learn it by preference"};
+      case TrainingRow::Kind::rated:
+        throw UnusableRow{"label", "makes this row a rated answer: learn it by preference"};
     }
-    add_conversation(conversation_of(row.value, options_), tools_of(row.value), row.line, into);
-  } catch (const Unusable& unusable) {
+  } catch (const UnusableRow& unusable) {
     problem(unusable.field, unusable.what);
   } catch (const Error& error) {
     if (error.kind() != ErrorKind::bad_input) throw;
@@ -258,53 +140,54 @@ void ExampleMaker::add_conversation(const ordered_json& messages, const ordered_
   };
 
   if (!options_.plain_template.empty()) {
-    std::string prompt;
-    for (size_t i = 0; i < last; ++i) {
-      if (!messages[i].contains("content") || !messages[i]["content"].is_string())
-        throw Unusable{"content", "is not a text"};
-      if (!prompt.empty()) prompt += "\n";
-      prompt += messages[i]["content"].get<std::string>();
-    }
+    constexpr std::string_view kCompletion = "{completion}";
     const std::string& plain = options_.plain_template;
-    const size_t at = plain.find("{completion}");
-    const std::string before = replace(plain.substr(0, at), "{prompt}", prompt);
-    const std::string after = plain.substr(at + std::string_view("{completion}").size());
-    return add_segments({{{before, false}, {text_of(messages[last], "content") + after, true}}},
-                        line, hash, into);
+    PromptText whole = render_plain_prompt(plain, first_turns(last));
+    const size_t prompt = whole.text.size();
+    const auto content = messages[last].find("content");
+    if (content == messages[last].end() || !content->is_string())
+      throw UnusableRow{"content", "is not a text"};
+    const std::string answer = *content;
+    whole.append({answer, {{0, answer.size()}}});
+    whole.append({plain.substr(plain.find(kCompletion) + kCompletion.size()), {}});
+    return add_segments(whole, {{{prompt, false}, {whole.text.size(), true}}}, line, hash, into);
   }
 
   // The rendering up to each answer, and with it.
-  const std::string whole = render(first_turns(last + 1), tools, false);
+  const auto render = [&](size_t turns, bool add_generation_prompt) {
+    return render_chat(*files_, {.messages = first_turns(turns),
+                                 .tools = tools,
+                                 .add_generation_prompt = add_generation_prompt});
+  };
+  const PromptText whole = render(last + 1, false);
   std::vector<Segment> segments;
   size_t at = 0;
   bool pure = true;  // every rendering is a start of the whole one
   for (const size_t i : answers) {
-    const std::string before = render(first_turns(i), tools, true);
-    const std::string with = i == last ? whole : render(first_turns(i + 1), tools, false);
-    pure = whole.starts_with(before) && whole.starts_with(with) && before.size() >= at &&
-           with.size() >= before.size();
+    const PromptText before = render(i, true);
+    const PromptText with = i == last ? whole : render(i + 1, false);
+    pure = whole.starts_with(before) && whole.starts_with(with) && before.text.size() >= at &&
+           with.text.size() >= before.text.size();
     if (!pure) break;
-    segments.push_back({whole.substr(at, before.size() - at), false});
-    segments.push_back({whole.substr(before.size(), with.size() - before.size()),
-                        i == last || !options_.last_turn_only});
-    at = with.size();
+    segments.push_back({before.text.size(), false});
+    segments.push_back({with.text.size(), i == last || !options_.last_turn_only});
+    at = with.text.size();
   }
-  if (pure) return add_segments(segments, line, hash, into);
+  if (pure) return add_segments(whole, segments, line, hash, into);
 
   // The template rewrites earlier turns (it drops old reasoning, say): one example for each answer,
   // rendered as it stands when that answer is due.
   ++into.counts.split_by_turn;
   for (const size_t i : answers) {
     if (options_.last_turn_only && i != last) continue;
-    const std::string before = render(first_turns(i), tools, true);
-    const std::string with = render(first_turns(i + 1), tools, false);
-    const size_t same = common_start(before, with);
-    add_segments({{{with.substr(0, same), false}, {with.substr(same), true}}}, line, hash, into);
+    const PromptText with = render(i + 1, false);
+    const size_t same = common_start(render(i, true).text, with.text);
+    add_segments(with, {{{same, false}, {with.text.size(), true}}}, line, hash, into);
   }
 }
 
-void ExampleMaker::add_segments(std::span<const Segment> segments, uint64_t line, uint64_t hash,
-                                Dataset& into) const {
+void ExampleMaker::add_segments(const PromptText& whole, std::span<const Segment> segments,
+                                uint64_t line, uint64_t hash, Dataset& into) const {
   const Tokenizer& tokenizer = files_->tokenizer;
   const auto is_stop = [&](TokenId id) { return stops_[static_cast<size_t>(id)]; };
   Example e;
@@ -313,27 +196,23 @@ void ExampleMaker::add_segments(std::span<const Segment> segments, uint64_t line
 
   // Ids of the whole text if each segment's start falls between its tokens as it does when the
   // model is asked; otherwise the segments' own ids.
-  std::string text;
-  for (const Segment& s : segments) text += s.text;
-  const std::vector<TokenId> whole = tokenizer.encode(text);
+  const std::vector<TokenId> all = encode(tokenizer, whole);
   std::vector<size_t> ends;
-  std::string start;
   bool agrees = true;
   for (size_t i = 0; i + 1 < segments.size() && agrees; ++i) {
-    start += segments[i].text;
-    const std::vector<TokenId> ids = tokenizer.encode(start);
-    agrees = ids.size() <= whole.size() && std::equal(ids.begin(), ids.end(), whole.begin());
+    const std::vector<TokenId> ids = encode(tokenizer, whole.first(segments[i].end));
+    agrees = ids.size() <= all.size() && std::equal(ids.begin(), ids.end(), all.begin());
     ends.push_back(ids.size());
   }
-  ends.push_back(whole.size());
+  ends.push_back(all.size());
   size_t done = 0;
   for (size_t i = 0; i < segments.size(); ++i) {
     std::vector<TokenId> ids;
     if (agrees)
-      ids.assign(whole.begin() + static_cast<std::ptrdiff_t>(done),
-                 whole.begin() + static_cast<std::ptrdiff_t>(ends[i]));
+      ids.assign(all.begin() + static_cast<std::ptrdiff_t>(done),
+                 all.begin() + static_cast<std::ptrdiff_t>(ends[i]));
     else
-      ids = tokenizer.encode(segments[i].text);
+      ids = encode(tokenizer, whole.first(segments[i].end).from(i == 0 ? 0 : segments[i - 1].end));
     done = ends[std::min(i, ends.size() - 1)];
     // An answer is learnt up to the token that ends it; what a template adds after that is not.
     size_t learnt = segments[i].learnt ? ids.size() : 0;
@@ -415,42 +294,24 @@ Dataset load_dataset(const std::filesystem::path& path, const ModelFiles& files,
     ++data.counts.bad;
     data.problems.push_back(problem);
   }
-  if (data.examples.empty()) {
-    const std::string why =
-        data.problems.empty()
-            ? fmt::format("none of {} rows leaves a token to learn", data.counts.rows)
-            : fmt::format("no row can be used; line {}: {}{}{}", data.problems[0].line,
-                          data.problems[0].field, data.problems[0].field.empty() ? "" : " ",
-                          data.problems[0].what);
-    throw Error(ErrorKind::bad_input,
-                {.where = path.string(),
-                 .what = why,
-                 .cure = "rows need prompt and completion, messages, conversations, or "
-                         "instruction and output; name other columns with --prompt-column and "
-                         "--completion-column"});
-  }
+  if (data.examples.empty())
+    refuse_unusable(path, data.counts, data.problems.empty() ? nullptr : &data.problems[0]);
   return data;
 }
 
-Split split_by_hash(std::vector<Example> examples, double fraction) {
-  Split split;
-  if (fraction <= 0) {
-    split.train = std::move(examples);
-    return split;
-  }
-  // The largest hashes are set aside, at least that of one prompt and never those of all.
-  std::set<uint64_t> hashes;
-  for (const Example& e : examples) hashes.insert(e.hash);
-  if (hashes.size() < 2) {
-    split.train = std::move(examples);
-    return split;
-  }
-  const long double share = (1 - std::min<long double>(fraction, 1)) * 0x1p64L;
-  const uint64_t limit = share >= 0x1p64L ? UINT64_MAX : static_cast<uint64_t>(share);
-  const uint64_t from = std::clamp(limit, *std::next(hashes.begin()), *hashes.rbegin());
-  for (Example& e : examples)
-    (e.hash >= from ? split.validation : split.train).push_back(std::move(e));
-  return split;
+void refuse_unusable(const std::filesystem::path& path, const DataCounts& counts,
+                     const RowProblem* first) {
+  const std::string why =
+      first == nullptr
+          ? fmt::format("none of {} rows leaves a token to learn", counts.rows)
+          : fmt::format("no row can be used; line {}: {}{}{}", first->line, first->field,
+                        first->field.empty() ? "" : " ", first->what);
+  throw Error(ErrorKind::bad_input,
+              {.where = path.string(),
+               .what = why,
+               .cure = "rows need prompt and completion, messages, conversations, or "
+                       "instruction and output; name other columns with --prompt-column and "
+                       "--completion-column"});
 }
 
 std::vector<uint32_t> epoch_order(size_t count, uint64_t seed, uint64_t epoch) {

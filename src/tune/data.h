@@ -1,15 +1,12 @@
 // Training data: rows of a file become token ids and a mask of what is to be learnt, through the
 // very template and tokenizer that serve the model.
 //
-// Formats, told apart row by row: {prompt, completion} (texts or message lists), {messages},
-// {conversations} (ShareGPT), {instruction, input, output} (Alpaca), {text}, and any two columns
-// that are named. A conversation's answers are found by rendering it up to each answer and taking
+// What a row may look like says rows.h. A conversation's answers are found by rendering it up to each answer and taking
 // what the answer adds, so templates need no marks. The token that ends a turn is learnt too: a
 // model that never learns it never stops.
 #pragma once
 #include <cstdint>
 #include <filesystem>
-#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <span>
@@ -20,6 +17,7 @@
 #include "engine/prompt.h"  // kPlainTemplate
 #include "engine/training.h"
 #include "formats/records.h"
+#include "tune/rows.h"
 
 namespace moru {
 
@@ -33,7 +31,9 @@ struct DataOptions {
   // chat template, or kPlainTemplate for a model that has none.
   std::string plain_template;
   std::string system;  // put before conversations that have no system message
-  std::string prompt_column, completion_column;  // both or neither
+  std::string prompt_column, completion_column;  // both or neither: the columns of a pair
+  RowFormat format;                              // where no columns are named
+  bool nfc = false;  // texts are brought to Unicode's composed form; else they are taken as they are
   size_t max_length = 1024;                      // tokens
   Truncation truncation = Truncation::keep_start;
   bool last_turn_only = false;  // learn the last answer of a conversation, not all
@@ -56,6 +56,8 @@ struct DataCounts {
   uint64_t bad = 0;             // not understood: dropped; see problems
   uint64_t split_by_turn = 0;   // conversations whose template rewrites earlier turns
   uint64_t without_end = 0;     // no stop token after the answer: EOS was added
+  uint64_t duplicates = 0;      // examples left out because an earlier one equals them
+  uint64_t not_nfc = 0;         // rows with a text that is not in composed form (Korean as jamo)
 };
 
 struct Dataset {
@@ -75,19 +77,18 @@ class ExampleMaker {
   ExampleMaker(const ModelFiles& files, DataOptions options);
   // Appends the examples of one row to `into`, or a problem.
   void add(const Row& row, Dataset& into) const;
-
- private:
-  struct Segment {
-    std::string text;
-    bool learnt;
-  };
-  void add_segments(std::span<const Segment> segments, uint64_t line, uint64_t hash,
-                    Dataset& into) const;
+  // Of one conversation in OpenAI's shape. Throws UnusableRow, and what the template throws.
   void add_conversation(const nlohmann::ordered_json& messages, const nlohmann::ordered_json& tools,
                         uint64_t line, Dataset& into) const;
-  std::string render(const nlohmann::ordered_json& messages, const nlohmann::ordered_json& tools,
-                     bool add_generation_prompt) const;
 
+ private:
+  // A piece of a rendering, up to byte `end` of it.
+  struct Segment {
+    size_t end;
+    bool learnt;
+  };
+  void add_segments(const PromptText& whole, std::span<const Segment> segments, uint64_t line,
+                    uint64_t hash, Dataset& into) const;
   const ModelFiles* files_;
   DataOptions options_;
   std::vector<bool> stops_;  // by id
@@ -97,13 +98,9 @@ class ExampleMaker {
 Dataset load_dataset(const std::filesystem::path& path, const ModelFiles& files,
                      const DataOptions& options);
 
-// Moves the examples whose prompt's hash falls in the last `fraction` of all hashes to the second
-// set: the same rows whatever else the file holds. At least one goes if fraction > 0 and there are
-// two prompts.
-struct Split {
-  std::vector<Example> train, validation;
-};
-Split split_by_hash(std::vector<Example> examples, double fraction);
+// Error bad_input: nothing of the file can be used, because of `first` or because nothing is left.
+[[noreturn]] void refuse_unusable(const std::filesystem::path& path, const DataCounts& counts,
+                                  const RowProblem* first);
 
 // The order of one epoch, a permutation of [0, count).
 std::vector<uint32_t> epoch_order(size_t count, uint64_t seed, uint64_t epoch);

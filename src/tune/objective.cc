@@ -67,34 +67,44 @@ struct LogitSums {
   double accuracy() const { return tokens == 0 ? 0 : top / tokens; }
 };
 
+// The request for the rows to validate on: all of them, as they are.
+LoadExamples validation_of(const ObjectiveOptions& o) {
+  LoadExamples request = o.data;
+  request.sources = {{.path = o.validation, .format = o.data.sources.front().format}};
+  if (!request.spill.empty()) request.spill = request.spill.parent_path() / "validation";
+  return request;
+}
+
 // ---- documents ---------------------------------------------------------------------------------
 
 class DocumentObjective : public Objective {
  public:
-  DocumentObjective(const ObjectiveOptions& o, const ModelFiles& files) {
-    const auto load = o.method == Method::text ? load_text : load_dataset;
-    Dataset data = load(o.data, files, o.rows);
+  DocumentObjective(Pool& pool, const ObjectiveOptions& o, const ModelFiles& files) {
+    const auto load = [&](const LoadExamples& request) {
+      return o.method == Method::text ? load_text(files, request)
+                                      : load_examples(pool, files, request);
+    };
+    LoadedExamples data = load(o.data);
     counts_ = data.counts;
     problems_ = std::move(data.problems);
     if (o.validation.empty()) {
-      split_ = split_by_hash(std::move(data.examples), o.val_fraction);
+      split_ = split_by_hash(data.examples, o.val_fraction);
     } else {
       split_.train = std::move(data.examples);
-      split_.validation = load(o.validation, files, o.rows).examples;
+      split_.validation = load(validation_of(o)).examples;
     }
-    for (const Example& e : split_.train) {
-      lengths_.push_back(e.ids.size());
-      tokens_ += e.ids.size();
-      trained_tokens_ += e.trained_tokens();
-    }
-    for (const auto* set : {&split_.train, &split_.validation})
-      for (const Example& e : *set) longest_ = std::max(longest_, e.ids.size());
+    const size_t rows = split_.train.size();
+    lengths_.resize(rows);
+    for (size_t i = 0; i < rows; ++i) lengths_[i] = split_.train[i].ids.size();
+    tokens_ = split_.train.tokens();
+    trained_tokens_ = split_.train.trained_tokens();
+    longest_ = std::max(split_.train.longest(), split_.validation.longest());
     validation_rows_ = split_.validation.size();
   }
 
   StepLoss accumulate(LoraTraining& training, std::span<const uint32_t> rows,
                       size_t capacity) override {
-    const auto example = [&](size_t i) -> const Example& { return split_.train[rows[i]]; };
+    const auto example = [&](size_t i) { return split_.train[rows[i]]; };
     StepLoss out;
     uint64_t learnt = 0;
     for (size_t i = 0; i < rows.size(); ++i) learnt += example(i).trained_tokens();
@@ -124,7 +134,7 @@ class DocumentObjective : public Objective {
   }
 
  private:
-  Split split_;
+  ExampleSplit split_;
 };
 
 // ---- reference ---------------------------------------------------------------------------------
@@ -172,10 +182,12 @@ std::pair<std::vector<T>, std::vector<T>> split_rows(std::vector<T> rows, double
     keys[i].hash = hash_of(rows[i]);
     keys[i].line = i;
   }
-  const Split split = split_by_hash(std::move(keys), fraction);
+  const ExampleSplit split = split_by_hash(Examples(keys), fraction);
   std::pair<std::vector<T>, std::vector<T>> out;
-  for (const Example& key : split.train) out.first.push_back(std::move(rows[key.line]));
-  for (const Example& key : split.validation) out.second.push_back(std::move(rows[key.line]));
+  for (size_t i = 0; i < split.train.size(); ++i)
+    out.first.push_back(std::move(rows[split.train[i].line]));
+  for (size_t i = 0; i < split.validation.size(); ++i)
+    out.second.push_back(std::move(rows[split.validation[i].line]));
   return out;
 }
 
@@ -184,7 +196,7 @@ std::pair<std::vector<T>, std::vector<T>> split_rows(std::vector<T> rows, double
 class PairObjective : public Objective {
  public:
   PairObjective(const ObjectiveOptions& o, const ModelFiles& files) : options_(o.preference) {
-    Preferences<PreferenceExample> data = load_pairs(o.data, files, o.rows);
+    Preferences<PreferenceExample> data = load_pairs(files, o.data);
     counts_ = data.counts;
     problems_ = std::move(data.problems);
     std::vector<PreferenceExample> validation;
@@ -194,7 +206,7 @@ class PairObjective : public Objective {
                      [](const PreferenceExample& e) { return e.chosen.hash; });
     } else {
       pairs_ = std::move(data.examples);
-      validation = load_pairs(o.validation, files, o.rows).examples;
+      validation = load_pairs(files, validation_of(o)).examples;
     }
     for (const PreferenceExample& e : pairs_) {
       lengths_.push_back(e.tokens());
@@ -346,7 +358,7 @@ class PairObjective : public Objective {
 class LabelledObjective : public Objective {
  public:
   LabelledObjective(const ObjectiveOptions& o, const ModelFiles& files) : options_(o.preference) {
-    Preferences<LabelledExample> data = load_labelled(o.data, files, o.rows);
+    Preferences<LabelledExample> data = load_labelled(files, o.data);
     counts_ = data.counts;
     problems_ = std::move(data.problems);
     std::vector<LabelledExample> validation;
@@ -356,7 +368,7 @@ class LabelledObjective : public Objective {
                      [](const LabelledExample& e) { return e.example.hash; });
     } else {
       rows_ = std::move(data.examples);
-      validation = load_labelled(o.validation, files, o.rows).examples;
+      validation = load_labelled(files, validation_of(o)).examples;
     }
     for (const LabelledExample& e : rows_) {
       lengths_.push_back(e.example.ids.size());
@@ -364,8 +376,8 @@ class LabelledObjective : public Objective {
       trained_tokens_ += e.example.trained_tokens();
     }
     validation_rows_ = validation.size();
-    mismatch(rows_, o.rows.max_length);
-    mismatch(validation, o.rows.max_length);
+    mismatch(rows_, o.data.rows.max_length);
+    mismatch(validation, o.data.rows.max_length);
     for (LabelledExample& e : validation) rows_.push_back(std::move(e));
     for (size_t i = 0; i < rows_.size(); ++i)
       longest_ = std::max({longest_, rows_[i].example.ids.size(), mismatched_[i].ids.size()});
@@ -535,12 +547,12 @@ std::string_view name_of(Method method) { return kMethods[static_cast<size_t>(me
 void Objective::take_reference(LoraTraining&, size_t, const std::filesystem::path&,
                                const std::string&, const std::function<void(size_t, size_t)>&) {}
 
-std::unique_ptr<Objective> make_objective(const ObjectiveOptions& options,
+std::unique_ptr<Objective> make_objective(Pool& pool, const ObjectiveOptions& options,
                                           const ModelFiles& files) {
   switch (options.method) {
     case Method::sft:
     case Method::text:
-      return std::make_unique<DocumentObjective>(options, files);
+      return std::make_unique<DocumentObjective>(pool, options, files);
     case Method::dpo:
       return std::make_unique<PairObjective>(options, files);
     case Method::kto:
@@ -549,7 +561,7 @@ std::unique_ptr<Objective> make_objective(const ObjectiveOptions& options,
   MORU_CHECK(false);
 }
 
-double validation_loss(LoraTraining& training, std::span<const Example> examples, size_t capacity) {
+double validation_loss(LoraTraining& training, const Examples& examples, size_t capacity) {
   double sum = 0;
   size_t learnt = 0;
   each_batch(

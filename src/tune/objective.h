@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "engine/training.h"
-#include "tune/data.h"
+#include "tune/examples.h"
 #include "tune/preference.h"
 
 namespace moru {
@@ -42,10 +42,9 @@ struct StepLoss {
 
 struct ObjectiveOptions {
   Method method = Method::sft;
-  std::filesystem::path data;        // rows to learn
+  LoadExamples data;                 // rows to learn
   std::filesystem::path validation;  // rows to validate on; empty: a share of `data`
   double val_fraction = 0.1;
-  DataOptions rows;
   PreferenceOptions preference;
 };
 
@@ -60,7 +59,7 @@ class Objective {
   uint64_t tokens() const { return tokens_; }  // of one epoch
   uint64_t trained_tokens() const { return trained_tokens_; }
   const DataCounts& counts() const { return counts_; }
-  const std::vector<RowProblem>& problems() const { return problems_; }
+  const std::vector<FileProblem>& problems() const { return problems_; }
 
   // Log-probabilities of the model as it is now become those of the reference. They are read from
   // `cache` if it holds those of `model_key`, this data and this precision, and written there
@@ -81,13 +80,14 @@ class Objective {
   size_t longest_ = 0, validation_rows_ = 0;
   uint64_t tokens_ = 0, trained_tokens_ = 0;
   DataCounts counts_;
-  std::vector<RowProblem> problems_;
+  std::vector<FileProblem> problems_;
 };
 
 // Reads the data. Errors: those of the data; usage.
-std::unique_ptr<Objective> make_objective(const ObjectiveOptions& options, const ModelFiles& files);
+std::unique_ptr<Objective> make_objective(Pool& pool, const ObjectiveOptions& options,
+                                          const ModelFiles& files);
 
 // Mean −log p over the learnt tokens of `examples`, batches of at most `capacity` tokens.
-double validation_loss(LoraTraining& training, std::span<const Example> examples, size_t capacity);
+double validation_loss(LoraTraining& training, const Examples& examples, size_t capacity);
 
 }  // namespace moru

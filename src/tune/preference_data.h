@@ -1,17 +1,11 @@
-// Rows that say which answer is better, as token ids.
-//
-// Pairs: {prompt, chosen, rejected}, texts or message lists; chosen and rejected lists alone, whose
-// common turns are the prompt; {instruction, input, chosen, rejected}; {conversations, chosen,
-// rejected} with single turns; {instruction, input, output: [chosen, rejected]}.
-// Labelled answers (KTO): {prompt, completion, label}, or kto_tag for the label.
-//
-// Conversations are rendered and tokenised by ExampleMaker; only the last answer is learnt.
+// Rows that say which answer is better (rows.h), as token ids. Conversations are rendered and
+// tokenised by ExampleMaker; only the last answer is learnt.
 #pragma once
 #include <cstdint>
 #include <filesystem>
 #include <vector>
 
-#include "tune/data.h"
+#include "tune/examples.h"
 
 namespace moru {
 
@@ -30,15 +24,14 @@ template <typename T>
 struct Preferences {
   std::vector<T> examples;
   DataCounts counts;
-  std::vector<RowProblem> problems;
+  std::vector<FileProblem> problems;
 };
 
-// Pairs whose answers are the same, or of which truncation leaves nothing, are dropped and counted.
-// Errors: as load_dataset.
-Preferences<PreferenceExample> load_pairs(const std::filesystem::path& path,
-                                          const ModelFiles& files, const DataOptions& options);
-Preferences<LabelledExample> load_labelled(const std::filesystem::path& path,
-                                           const ModelFiles& files, const DataOptions& options);
+// Rows of all sources, in order. Pairs whose answers are the same, or of which truncation leaves
+// nothing, are dropped and counted. Errors: as load_examples; usage for a source with a weight or a
+// number of samples, which pairs do not know.
+Preferences<PreferenceExample> load_pairs(const ModelFiles& files, const LoadExamples& request);
+Preferences<LabelledExample> load_labelled(const ModelFiles& files, const LoadExamples& request);
 
 // How many tokens two documents can share: their common start, less the token before either's first
 // learnt one, which predicts different tokens in each.

@@ -50,42 +50,46 @@ void add_file(const ModelFiles& files, const DataOptions& options,
 
 }  // namespace
 
-Dataset load_text(const std::filesystem::path& path, const ModelFiles& files,
-                  const DataOptions& options) {
+LoadedExamples load_text(const ModelFiles& files, const LoadExamples& request) {
   Dataset data;
-  if (std::filesystem::is_directory(path)) {
-    std::vector<std::filesystem::path> texts;
-    for (const auto& entry : std::filesystem::directory_iterator(path))
-      if (entry.is_regular_file() && entry.path().extension() == ".txt")
-        texts.push_back(entry.path());
-    std::sort(texts.begin(), texts.end());
-    for (const std::filesystem::path& text : texts) add_file(files, options, text, data);
-  } else if (path.extension() == ".txt") {
-    add_file(files, options, path, data);
-  } else {
-    RecordReader reader(path);
-    while (const std::optional<Row> row = reader.next()) {
-      ++data.counts.rows;
-      const auto text = row->value.find("text");
-      if (text != row->value.end() && text->is_string()) {
-        add_document(files, options, text->get_ref<const std::string&>(), row->line, data);
-        continue;
+  LoadedExamples out;
+  for (const DataSource& source : request.sources) {
+    const std::filesystem::path& path = source.path;
+    const size_t before = data.examples.size();
+    const auto problem = [&](RowProblem row) {
+      ++data.counts.bad;
+      if (out.problems.size() < 100) out.problems.push_back({path, std::move(row)});
+    };
+    if (std::filesystem::is_directory(path)) {
+      std::vector<std::filesystem::path> texts;
+      for (const auto& entry : std::filesystem::directory_iterator(path))
+        if (entry.is_regular_file() && entry.path().extension() == ".txt")
+          texts.push_back(entry.path());
+      std::sort(texts.begin(), texts.end());
+      for (const std::filesystem::path& text : texts) add_file(files, request.rows, text, data);
+    } else if (path.extension() == ".txt") {
+      add_file(files, request.rows, path, data);
+    } else {
+      RecordReader reader(path);
+      while (const std::optional<Row> row = reader.next()) {
+        ++data.counts.rows;
+        const auto text = row->value.find("text");
+        if (text != row->value.end() && text->is_string())
+          add_document(files, request.rows, text->get_ref<const std::string&>(), row->line, data);
+        else
+          problem({row->line, "text", text == row->value.end() ? "is missing" : "is not a text"});
       }
-      ++data.counts.bad;
-      data.problems.push_back(
-          {row->line, "text", text == row->value.end() ? "is missing" : "is not a text"});
+      for (const RowProblem& row : reader.problems()) {
+        ++data.counts.rows;
+        problem(row);
+      }
     }
-    for (const RowProblem& problem : reader.problems()) {
-      ++data.counts.rows;
-      ++data.counts.bad;
-      data.problems.push_back(problem);
-    }
+    if (data.examples.size() == before)
+      refuse_unusable(path, data.counts, out.problems.empty() ? nullptr : &out.problems[0].row);
   }
-  if (data.examples.empty())
-    throw Error(ErrorKind::bad_input, {.where = path.string(),
-                                       .what = "holds no text to learn",
-                                       .cure = "give .txt files, or rows with a field \"text\""});
-  return data;
+  out.examples = Examples(data.examples);
+  out.counts = data.counts;
+  return out;
 }
 
 }  // namespace moru

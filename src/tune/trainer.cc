@@ -16,6 +16,7 @@
 #include "base/hash.h"
 #include "tune/checkpoint.h"
 #include "tune/guard.h"
+#include "tune/run_log.h"
 
 namespace moru {
 namespace {
@@ -62,7 +63,7 @@ size_t resident_bytes() {
 std::string fingerprint_of(const TuneOptions& o) {
   ordered_json j = {
       {"model", sha256_of_path(o.model)},
-      {"data", sha256_of_path(o.data)},
+      {"data", ordered_json::array()},
       {"validation", o.validation.empty() ? "" : sha256_of_path(o.validation)},
       {"adapter", o.adapter.empty() ? "" : sha256_of_path(o.adapter)},
       {"template", o.rows.plain_template},
@@ -87,6 +88,9 @@ std::string fingerprint_of(const TuneOptions& o) {
       {"learnt",
        {o.learnt.full, o.learnt.frozen_layers, o.learnt.modules_to_save, o.learnt.lora_plus_ratio}},
       {"max_z_score", o.max_z_score}};
+  for (const DataSource& s : o.data)
+    j["data"].push_back({sha256_of_path(s.path), to_json(s.format), s.weight, s.num_samples});
+  j["rows"] = {o.rows.nfc, o.deduplicate};
   for (const Projection target : o.lora.targets) j["targets"].push_back(traits(target).name);
   return sha256(j.dump());
 }
@@ -95,6 +99,7 @@ void check(const TuneOptions& o) {
   const auto refuse = [](const char* where, const char* what) {
     throw Error(ErrorKind::usage, {.where = where, .what = what, .cure = "see moru tune --help"});
   };
+  if (o.data.empty()) refuse("data", "no rows are given");
   if (o.epochs == 0 && o.max_steps == 0) refuse("--epochs", "must be at least 1");
   if (o.batch_size == 0 && o.batch_tokens == 0) refuse("--batch-size", "must be at least 1");
   if (o.rows.max_length < 2) refuse("--max-length", "must be at least 2");
@@ -203,25 +208,19 @@ std::string describe(const Objective& data) {
   note(c.truncated, "cut to the maximum length");
   note(c.without_answer, "dropped: nothing left to learn");
   note(c.bad, "dropped: not understood");
+  note(c.duplicates, "dropped: equal to an earlier one");
   note(c.split_by_turn, "conversations learnt turn by turn");
   for (size_t i = 0; i < std::min<size_t>(3, data.problems().size()); ++i) {
-    const RowProblem& row = data.problems()[i];
-    text += fmt::format("\n  line {}: {}{}{}", row.line, row.field, row.field.empty() ? "" : " ",
-                        row.what);
+    const auto& [file, row] = data.problems()[i];
+    text += fmt::format("\n  {}: line {}: {}{}{}", file.filename().string(), row.line, row.field,
+                        row.field.empty() ? "" : " ", row.what);
   }
   return text;
 }
 
-// Lines of the log up to `step`: what a killed run wrote after its last checkpoint is forgotten.
-void rewind_log(const std::filesystem::path& path, uint64_t step) {
-  if (!std::filesystem::exists(path)) return;
-  std::ifstream in(path);
-  std::string line, kept;
-  while (std::getline(in, line)) {
-    const ordered_json j = ordered_json::parse(line, nullptr, false);
-    if (j.is_object() && j.value("step", uint64_t{0}) <= step) kept += line + "\n";
-  }
-  write_file(path, kept);
+// What load_examples may have left in the folder of a run.
+void remove_all_examples(const std::filesystem::path& folder) {
+  for (const char* name : {"examples", "validation"}) remove_examples(folder / name);
 }
 
 ordered_json number_or_null(std::optional<double> value) {
@@ -293,7 +292,6 @@ class Run {
         fingerprint_(std::move(fingerprint)),
         progress_(progress),
         checkpoint_(options.out / "checkpoint.safetensors"),
-        log_(options.out / "log.jsonl"),
         pool_(options.threads == 0 ? usable_threads() : options.threads) {}
 
   TuneResult finish_from_here() {
@@ -317,12 +315,17 @@ class Run {
     const ModelFiles files = open_model(o_.model);
     ObjectiveOptions wanted;
     wanted.method = o_.method;
-    wanted.data = o_.data;
-    wanted.rows = o_.rows;
+    wanted.data.sources = o_.data;
+    wanted.data.rows = o_.rows;
+    wanted.data.max_bad = o_.max_bad;
+    wanted.data.deduplicate = o_.deduplicate;
+    wanted.data.seed = o_.seed;
+    wanted.data.spill = o_.out / "examples";
+    wanted.data.key = fingerprint_;
     wanted.validation = o_.validation;
     wanted.val_fraction = o_.val_fraction;
     wanted.preference = o_.preference;
-    objective_ = make_objective(wanted, files);
+    objective_ = make_objective(pool_, wanted, files);
     tell({.kind = TuneEvent::Kind::data, .text = describe(*objective_)});
     const bool packed = o_.keep_quantized && is_quantized(files);
     // Positions are those of the longest row, which for a pair is shorter than its tokens.
@@ -394,10 +397,7 @@ class Run {
             .steps = steps_,
             .text = fmt::format("going on from step {} of {}", run_.step, steps_)});
     }
-    if (run_.step == 0)
-      std::filesystem::remove(log_);
-    else
-      rewind_log(log_, run_.step);
+    log_.emplace(o_.out, run_.step);
     seconds_before_ = run_.seconds;
     watch_ = Stopwatch();
     order_ = epoch_order(objective_->lengths().size(), o_.seed, run_.epoch);
@@ -430,7 +430,7 @@ class Run {
     const StepLoss found = objective_->validate(*training_, capacity_);
     ordered_json line = {{"step", run_.step}, {"val_loss", number_or_null(found.loss)}};
     put(found.metrics, "val_", line);
-    append_line(log_, line.dump());
+    log_->write(line);
     if (run_.step == 0) run_.first_loss = found.loss;
     if (found.loss < run_.best_loss) {
       run_.best_loss = found.loss;
@@ -453,8 +453,9 @@ class Run {
   void refuse_nan(const StepLoss& found) const {
     throw Error(
         ErrorKind::bad_input,
-        {.where = found.bad_line != 0 ? fmt::format("{}: line {}", o_.data.string(), found.bad_line)
-                                      : o_.data.string(),
+        {.where = found.bad_line != 0
+                      ? fmt::format("{}: line {}", o_.data.front().path.string(), found.bad_line)
+                      : o_.data.front().path.string(),
          .what = fmt::format("the {} of step {} is no number",
                              found.bad_line != 0 ? "loss" : "gradient", run_.step + 1),
          .cure = "look at the row, or lower --lr; what was saved before can be gone on with"});
@@ -537,7 +538,7 @@ class Run {
                          {"num_tokens", run_.tokens_done},
                          {"tokens_per_second", rate}};
     put(found.metrics, "", line);
-    append_line(log_, line.dump());
+    log_->write(line);
     if (!skipped) return;
     event.kind = TuneEvent::Kind::skipped;
     event.text = fmt::format(
@@ -608,13 +609,14 @@ class Run {
     }
     write_file(o_.out / "tune.json", to_json(r, fingerprint_).dump(2) + "\n");
     std::filesystem::remove(checkpoint_);
+    remove_all_examples(o_.out);
     return r;
   }
 
   const TuneOptions& o_;
   const std::string fingerprint_;
   const TuneProgress& progress_;
-  const std::filesystem::path checkpoint_, log_;
+  const std::filesystem::path checkpoint_;
   Pool pool_;
   std::unique_ptr<Objective> objective_;
   std::optional<Model> model_;
@@ -625,6 +627,7 @@ class Run {
   std::optional<AdamW> adamw_;
   std::vector<ParameterGroup> groups_;
   ScheduleOptions schedule_;
+  std::optional<RunLog> log_;
 
   TrainingRun run_;
   OutlierGuard losses_, norms_;
@@ -641,6 +644,7 @@ TuneResult tune(const TuneOptions& o, const TuneProgress& progress) {
   make_folder(o.out);
   const std::string fingerprint = fingerprint_of(o);
   if (o.restart) {
+    remove_all_examples(o.out);
     for (const char* name : {"checkpoint.safetensors", "reference.safetensors", "tune.json"})
       std::filesystem::remove(o.out / name);
   } else if (const auto done = finished_result(o, fingerprint)) {

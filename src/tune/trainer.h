@@ -5,7 +5,9 @@
 // so that a run that is killed and started again reaches the same bits.
 //
 //   out/checkpoint.safetensors   while the run is not finished
-//   out/log.jsonl                one line a step and a validation
+//   out/examples.*               likewise, of data that memory should not hold
+//   out/log.jsonl, tensorboard/  a line, and scalars, a step and a validation (run_log.h)
+//   out/report.html              the log as a page (moru tune writes it)
 //   out/reference.safetensors    log-probabilities of the reference, of methods that have one
 //   out/adapter/                 PEFT folder: the best adapter by validation loss, or the last
 //   out/model/ or model.gguf     instead, where weights were learnt whole
@@ -21,6 +23,7 @@
 #include "engine/training.h"
 #include "tune/adapter.h"
 #include "tune/data.h"
+#include "tune/examples.h"
 #include "tune/learnt.h"
 #include "tune/objective.h"
 #include "tune/optimizer.h"
@@ -29,7 +32,7 @@ namespace moru {
 
 struct TuneOptions {
   std::filesystem::path model;       // GGUF file or Hugging Face folder
-  std::filesystem::path data;        // rows to learn
+  std::vector<DataSource> data;      // rows to learn
   std::filesystem::path validation;  // rows to validate on; empty: a share of `data`
   std::filesystem::path out;         // folder
   std::filesystem::path adapter;     // PEFT folder to go on from; empty: a new adapter
@@ -38,6 +41,8 @@ struct TuneOptions {
   PreferenceOptions preference;
   LearntOptions learnt;
   DataOptions rows;
+  uint64_t max_bad = 100;    // rows that may be unusable
+  bool deduplicate = false;  // learn equal examples once
   AdapterOptions lora;
   AdamWOptions adamw;
   double lr = 2e-4;

@@ -102,6 +102,53 @@ TEST_CASE("the ids of a prompt are those that the model is asked with") {
   CHECK(e.trained[asked.size()] == 1);
 }
 
+TEST_CASE("what is trained is what is served, also where a row spells control tokens") {
+  // Messages, then the message that answers: what serving encodes before the answer must be what
+  // training reads before it.
+  const char* rows[] = {
+      R"([{"role": "user", "content": "say <|im_end|>"},
+          {"role": "assistant", "content": "<|im_start|>no<|im_end|> it is"}])",
+      R"([{"role": "system", "content": "<|im_end|>\n<|im_start|>user"},
+          {"role": "user", "content": "the <|im_start|>system"},
+          {"role": "assistant", "content": "then"},
+          {"role": "user", "content": "<|im_end|><|im_end|>"},
+          {"role": "assistant", "content": "the other"}])"};
+  for (const char* row : rows) {
+    CAPTURE(row);
+    const auto messages = nlohmann::ordered_json::parse(row);
+    const Dataset data = made(nlohmann::ordered_json{{"messages", messages}}.dump());
+    const Example& e = data.examples.at(0);
+    for (size_t i = 0; i < messages.size(); ++i) {
+      if (messages[i]["role"] != "assistant") continue;
+      const auto at = static_cast<std::ptrdiff_t>(i);
+      const std::vector<TokenId> asked = encode_chat(
+          model(),
+          {.messages = nlohmann::ordered_json(messages.begin(), messages.begin() + at),
+           .add_generation_prompt = true});
+      REQUIRE(e.ids.size() > asked.size());
+      CHECK(std::equal(asked.begin(), asked.end(), e.ids.begin()));
+      CHECK(e.trained[asked.size() - 1] == 0);
+      CHECK(e.trained[asked.size()] == 1);
+    }
+    // Control tokens: two a message, less the end of line after the last.
+    const auto controls = std::count_if(e.ids.begin(), e.ids.end(), [&](TokenId id) {
+      return model().tokenizer.is_control(id);
+    });
+    CHECK(static_cast<size_t>(controls) == 2 * messages.size());
+  }
+  // The same under a plain template.
+  const DataOptions plain{.plain_template = "Q: {prompt}\nA: {completion}<|im_end|>"};
+  const Dataset data = made(R"({"prompt": "a<|im_end|>b", "completion": "c<|im_end|>d"})", plain);
+  const std::vector<TokenId> asked = encode_prompt(
+      model(), {.plain_template = plain.plain_template},
+      nlohmann::ordered_json::parse(R"([{"role": "user", "content": "a<|im_end|>b"}])"));
+  const Example& e = data.examples.at(0);
+  REQUIRE(e.ids.size() > asked.size());
+  CHECK(std::equal(asked.begin(), asked.end(), e.ids.begin()));
+  CHECK(std::count_if(e.ids.begin(), e.ids.end(),
+                      [&](TokenId id) { return model().tokenizer.is_control(id); }) == 1);
+}
+
 TEST_CASE("long rows are cut as asked and rows left without an answer are counted") {
   const char* row = R"({"prompt": "0123456789", "completion": "abcdef"})";
   const DataOptions plain{.plain_template = "{prompt}{completion}", .max_length = 12};
@@ -147,32 +194,6 @@ TEST_CASE("rows that are no pairs are told by line and field, and do not stop th
   const Error e = error_from([&] { load_dataset(path, model(), {}); });
   CHECK(e.kind() == ErrorKind::bad_input);
   CHECK(e.cure().find("--prompt-column") != std::string::npos);
-}
-
-TEST_CASE("a split keeps equal prompts together and does not depend on other rows") {
-  std::vector<Example> examples;
-  for (uint64_t i = 0; i < 2000; ++i)
-    examples.push_back(
-        {.ids = {1, 2}, .trained = {0, 1}, .line = i, .hash = (i / 2) * 0x9E3779B97F4A7C15u});
-  const Split split = split_by_hash(examples, 0.1);
-  CHECK(split.train.size() + split.validation.size() == 2000);
-  CHECK(split.validation.size() > 100);
-  CHECK(split.validation.size() < 300);
-  std::set<uint64_t> held;
-  for (const Example& e : split.validation) held.insert(e.hash);
-  for (const Example& e : split.train) CHECK(held.count(e.hash) == 0);
-  examples.resize(1000);
-  for (const Example& e : split_by_hash(examples, 0.1).validation) CHECK(held.count(e.hash) == 1);
-}
-
-TEST_CASE("a split leaves at least one prompt on each side") {
-  std::vector<Example> examples(3);
-  for (size_t i = 0; i < 3; ++i) examples[i].hash = i * 0x5555555555555555u;
-  CHECK(split_by_hash(examples, 0.01).validation.size() == 1);
-  CHECK(split_by_hash(examples, 0.99).train.size() == 1);
-  CHECK(split_by_hash(examples, 0).validation.empty());
-  examples.resize(1);
-  CHECK(split_by_hash(examples, 0.5).train.size() == 1);
 }
 
 TEST_CASE("packing wastes little and loses nothing") {

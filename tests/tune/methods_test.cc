@@ -38,7 +38,7 @@ std::string pairs(size_t count) {
 TuneOptions options_for(const TempDir& dir, const char* out, const char* rows = "rows.jsonl") {
   TuneOptions o;
   o.model = kModel;
-  o.data = dir.path() / rows;
+  o.data = {{.path = dir.path() / rows}};
   o.out = dir.path() / out;
   o.rows.plain_template = "{prompt}:{completion}";
   o.rows.max_length = 64;

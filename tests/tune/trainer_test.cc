@@ -32,7 +32,7 @@ std::string rows(size_t count) {
 TuneOptions options_for(const TempDir& dir, const char* out) {
   TuneOptions o;
   o.model = kModel;
-  o.data = dir.path() / "rows.jsonl";
+  o.data = {{.path = dir.path() / "rows.jsonl"}};
   o.out = dir.path() / out;
   o.rows.plain_template = "{prompt}:{completion}";
   o.rows.max_length = 64;

@@ -1,0 +1,38 @@
+// What a run would learn, for people to look at before it learns: the first examples as the model
+// will see them, and what may be wrong with the rest.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "tune/examples.h"
+
+namespace moru {
+
+struct ShowOptions {
+  bool colour = false;  // what is learnt on green, control tokens in cyan; else in [[brackets]]
+  size_t width = 80;    // columns
+  size_t max_ids = 64;  // token ids to list at most, from either end
+};
+// One example: a heading, its text, its ids. Lines of at most `width` columns.
+std::string show_example(const ModelFiles& files, const ExampleView& example,
+                         const std::string& file, const ShowOptions& options);
+
+// What is odd about a data set; counts of examples where nothing else is said.
+struct DataReport {
+  uint64_t tokens = 0, learnt = 0;
+  size_t median = 0, p95 = 0, longest = 0;  // tokens of an example
+  uint64_t ends_learnt = 0;                 // a token that ends the answer is learnt, last of all
+  uint64_t double_bos = 0;
+  uint64_t cut_characters = 0;  // a border of what is learnt, or the end, is inside a character
+  uint64_t spelled = 0;         // a message spells a control token; it is learnt as text
+  uint64_t duplicates = 0;
+  double tokens_per_hangul = 0;  // of the syllables; 0 where there are none
+};
+DataReport report_of(const ModelFiles& files, const Examples& examples);
+
+// Both, and the rows that were left out and why: lines of at most `width` columns.
+std::string show_report(const ModelFiles& files, const LoadedExamples& data,
+                        const DataReport& report, size_t width);
+
+}  // namespace moru

@@ -1,0 +1,33 @@
+#include "forge/run_report.h"
+
+#include <string>
+
+#include "support.h"
+
+using namespace moru;
+
+TEST_CASE("a run's log becomes one page with a chart for every column, and nothing beside it") {
+  const TempDir dir;
+  std::string log = "{\"step\":0,\"val_loss\":3.0}\n";
+  for (int i = 1; i <= 2000; ++i)
+    log += "{\"step\":" + std::to_string(i) + ",\"epoch\":0.1,\"loss\":" + std::to_string(3.0 / i) +
+           ",\"lr\":0.0001,\"grad_norm\":null,\"rewards/margins\":" + std::to_string(-0.001 * i) +
+           "}\n";
+  log += "{\"step\":2000,\"val_loss\":1.5}\n"
+         "{\"step\":2000,\"sample\":{\"prompt\":\"<b>Q</b>\",\"answer\":\"모루\"}}\n"
+         "{\"step\":2001,\"lo";  // killed while it wrote
+  dir.file("log.jsonl", log);
+  const std::string page = run_report_html(dir.path());
+  for (const char* part : {"<h2>Loss</h2>", "<h2>Learning rate</h2>", "<h2>rewards/margins</h2>",
+                           "Under way: 2000 steps", "1.5000", "&lt;b&gt;Q&lt;/b&gt;", "모루"}) {
+    CAPTURE(part);
+    CHECK(page.find(part) != std::string::npos);
+  }
+  CHECK(page.find("<h2>Gradient norm</h2>") == std::string::npos);  // it has no numbers
+  for (const char* part : {"://", "src=", "href="}) CHECK(page.find(part) == std::string::npos);
+  CHECK(page.find("nan") == std::string::npos);
+  CHECK(page.size() < 400'000);  // thinned
+  dir.file("tune.json", "{\"steps\": 2000, \"seconds\": 65.5, \"peak_bytes\": 5000000}");
+  CHECK(run_report_html(dir.path()).find("Finished after 2000 steps.") != std::string::npos);
+  CHECK(error_from([] { run_report_html("/nowhere"); }).kind() == ErrorKind::not_found);
+}

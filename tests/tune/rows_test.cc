@@ -1,0 +1,413 @@
+#include "tune/rows.h"
+
+#include <fmt/format.h>
+#include <zlib.h>
+
+#include <algorithm>
+#include <array>
+#include <fstream>
+
+#include "support.h"
+#include "tune/examples.h"
+
+using namespace moru;
+
+namespace {
+
+using Json = nlohmann::ordered_json;
+using Kind = TrainingRow::Kind;
+
+TrainingRow row(const char* json, const RowFormat& format = {}) {
+  return read_row(Json::parse(json), format);
+}
+Json json(const char* text) { return Json::parse(text); }
+
+std::string field_of_problem(const char* text, const RowFormat& format = {}) {
+  try {
+    row(text, format);
+  } catch (const UnusableRow& problem) {
+    CHECK(!problem.what.empty());
+    return problem.field;
+  }
+  return "(usable)";
+}
+
+const Json kAsked = json(R"([{"role": "user", "content": "q"}])");
+const Json kAnswered = json(R"([{"role": "user", "content": "q"},
+                                {"role": "assistant", "content": "a"}])");
+const Json kGood = json(R"([{"role": "assistant", "content": "good"}])");
+const Json kBad = json(R"([{"role": "assistant", "content": "bad"}])");
+
+// ChatML over a byte vocabulary.
+const ModelFiles& model() {
+  static const ModelFiles files = open_model(MORU_SOURCE_DIR "/tests/golden/tune/llama");
+  return files;
+}
+
+LoadedExamples load(LoadExamples request) {
+  Pool pool(2);
+  return load_examples(pool, model(), request);
+}
+LoadedExamples load(const std::filesystem::path& path) { return load({.sources = {{.path = path}}}); }
+
+std::string text_of(const ExampleView& e) { return model().tokenizer.decode(e.ids, true); }
+
+}  // namespace
+
+TEST_CASE("golden rows: conversations of every format are the same conversation") {
+  for (const char* text :
+       {R"({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})",
+        R"({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]})",
+        R"({"conversations": [{"role": "user", "content": "q"},
+                              {"role": "assistant", "content": "a"}]})",
+        R"({"prompt": "q", "completion": "a"})",
+        R"({"prompt": [{"role": "user", "content": "q"}],
+            "completion": [{"role": "assistant", "content": "a"}]})",
+        R"({"instruction": "q", "output": "a"})",
+        R"({"instruction": "q", "input": "", "output": "a", "history": [], "system": ""})",
+        R"({"instruction": "q", "input": null, "output": "a", "history": null})"}) {
+    CAPTURE(text);
+    const TrainingRow r = row(text);
+    CHECK(r.kind == Kind::conversation);
+    CHECK(r.messages == kAnswered);
+    CHECK(r.tools.is_null());
+  }
+  CHECK(row(R"({"text": "all"})").text == "all");
+  CHECK(row(R"({"instruction": "Add.", "input": "1 2", "output": 3, "system": "s",
+                "history": [["h", "i"]]})").messages ==
+        json(R"([{"role": "system", "content": "s"}, {"role": "user", "content": "h"},
+                 {"role": "assistant", "content": "i"}, {"role": "user", "content": "Add.\n1 2"},
+                 {"role": "assistant", "content": "3"}])"));
+}
+
+TEST_CASE("golden rows: tools, calls and their results") {
+  const Json tools = json(R"([{"type": "function", "function": {"name": "f"}}])");
+  // OpenAI's own shape passes as it is.
+  const char* openai = R"({"messages": [{"role": "user", "content": "q"},
+      {"role": "assistant", "tool_calls": [{"id": "1", "type": "function",
+        "function": {"name": "f", "arguments": {"x": 1}}}]},
+      {"role": "tool", "tool_call_id": "1", "name": "f", "content": "2"},
+      {"role": "assistant", "content": "a"}],
+      "tools": [{"type": "function", "function": {"name": "f"}}]})";
+  CHECK(row(openai).messages == json(openai)["messages"]);
+  CHECK(row(openai).tools == tools);
+  // ShareGPT's words become it.
+  const TrainingRow r = row(R"({"conversations": [{"from": "human", "value": "q"},
+      {"from": "function_call", "value": "{\"name\": \"f\", \"arguments\": {\"x\": 1}}"},
+      {"from": "observation", "value": "2"}, {"from": "gpt", "value": "a"}],
+      "system": "s", "tools": "[{\"type\": \"function\", \"function\": {\"name\": \"f\"}}]"})");
+  CHECK(r.messages == json(R"([{"role": "system", "content": "s"},
+      {"role": "user", "content": "q"},
+      {"role": "assistant", "content": "", "tool_calls": [{"type": "function",
+        "function": {"name": "f", "arguments": {"x": 1}}}]},
+      {"role": "tool", "content": "2"}, {"role": "assistant", "content": "a"}])"));
+  CHECK(r.tools == tools);
+}
+
+TEST_CASE("golden rows: preferences in every shape") {
+  for (const char* text :
+       {R"({"prompt": "q", "chosen": "good", "rejected": "bad"})",
+        R"({"prompt": [{"role": "user", "content": "q"}],
+            "chosen": [{"role": "assistant", "content": "good"}],
+            "rejected": [{"role": "assistant", "content": "bad"}]})",
+        // Implicit prompts, and a prompt that the answers repeat.
+        R"({"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "good"}],
+            "rejected": [{"role": "user", "content": "q"},
+                         {"role": "assistant", "content": "bad"}]})",
+        R"({"prompt": "q",
+            "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "good"}],
+            "rejected": [{"role": "user", "content": "q"},
+                         {"role": "assistant", "content": "bad"}]})",
+        // LLaMA-Factory's two, and a comparison.
+        R"({"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"})",
+        R"({"conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"}})",
+        R"({"instruction": "q", "input": "", "output": ["good", "bad"]})"}) {
+    CAPTURE(text);
+    const TrainingRow r = row(text);
+    CHECK(r.kind == Kind::preference);
+    CHECK(r.messages == kAsked);
+    CHECK(r.chosen == kGood);
+    CHECK(r.rejected == kBad);
+  }
+  const TrainingRow implicit = row(R"({"chosen": "Q: 하나? A: 네", "rejected": "Q: 하나? A: 넷"})");
+  CHECK(implicit.messages[0]["content"] == "Q: 하나? A:");
+  CHECK(implicit.chosen[0]["content"] == " 네");
+  CHECK(implicit.rejected[0]["content"] == " 넷");
+}
+
+TEST_CASE("golden rows: rated answers") {
+  for (const auto& [text, wanted] :
+       {std::pair{R"({"prompt": "q", "completion": "a", "label": true})", true},
+        {R"({"prompt": "q", "completion": "a", "label": false})", false},
+        {R"({"messages": [{"role": "user", "content": "q"},
+                          {"role": "assistant", "content": "a"}], "kto_tag": false})", false},
+        {R"({"instruction": "q", "output": "a", "kto_tag": true})", true}}) {
+    CAPTURE(text);
+    const TrainingRow r = row(text);
+    CHECK(r.kind == Kind::rated);
+    CHECK(r.desirable == wanted);
+    CHECK(r.messages == kAsked);
+    CHECK(r.chosen == json(R"([{"role": "assistant", "content": "a"}])"));
+  }
+  // A label that is no truth is another column of an ordinary pair.
+  CHECK(row(R"({"prompt": "q", "completion": "a", "label": "sports"})").kind == Kind::conversation);
+}
+
+TEST_CASE("rows that cannot be used name the field") {
+  for (const auto& [text, field] : {
+           std::pair{R"({"question": "?"})", ""},
+           {R"({"messages": []})", "messages"},
+           {R"({"messages": [{"role": "king", "content": "x"}]})", "role"},
+           {R"({"messages": [{"role": "user", "content": "x"}]})", "messages"},
+           {R"({"messages": [{"role": "user"}]})", "content"},
+           {R"({"prompt": {"a": 1}, "completion": "x"})", "prompt"},
+           {R"({"instruction": "x", "output": [1, 2]})", "output"},
+           {R"({"instruction": "x", "output": "y", "history": [["a"]]})", "history"},
+           {R"({"instruction": "x", "output": "y", "tools": "[{"})", "tools"},
+           {R"({"prompt": "q", "chosen": "a", "rejected": "a"})", "rejected"},
+           // ShareGPT's order: two questions, two answers, an answer first, a late system text.
+           {R"({"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"},
+                                  {"from": "gpt", "value": "c"}]})", "conversations"},
+           {R"({"conversations": [{"from": "gpt", "value": "a"}]})", "conversations"},
+           {R"({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"},
+                                  {"from": "gpt", "value": "c"}]})", "conversations"},
+           {R"({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"},
+                                  {"from": "system", "value": "c"},
+                                  {"from": "gpt", "value": "d"}]})", "conversations"},
+       }) {
+    CAPTURE(text);
+    CHECK(field_of_problem(text) == field);
+  }
+}
+
+TEST_CASE("a dataset_info.json names files, columns, tags and how many rows") {
+  const TempDir dir;
+  const auto path = dir.file("dataset_info.json", R"({
+    "plain": {"file_name": "a.json"},
+    "mapped": {"file_name": "sub/b.jsonl", "num_samples": 3,
+               "columns": {"prompt": "ask", "query": "more", "response": "say", "system": "sys"}},
+    "chats": {"file_name": "c.json", "formatting": "sharegpt",
+              "columns": {"messages": "talk"},
+              "tags": {"role_tag": "who", "content_tag": "says", "user_tag": "guest",
+                       "assistant_tag": "host", "system_tag": "house"}},
+    "oa": {"file_name": "d.json", "formatting": "openai"},
+    "ranked": {"file_name": "e.json", "ranking": true,
+               "columns": {"prompt": "q", "chosen": "yes", "rejected": "no"}},
+    "rated": {"file_name": "f.json", "formatting": "sharegpt",
+              "columns": {"messages": "messages", "kto_tag": "ok"},
+              "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user",
+                       "assistant_tag": "assistant"}},
+    "raw": {"file_name": "g.txt.jsonl", "columns": {"prompt": "text"}},
+    "far": {"hf_hub_url": "someone/something"},
+    "seen": {"file_name": "h.json", "columns": {"images": "images"}}
+  })");
+  const auto format = [&](const char* name) {
+    return read_dataset_info(path, {name}).at(0).format;
+  };
+  const auto mapped = read_dataset_info(path, {"mapped"}).at(0);
+  CHECK(mapped.file == dir.path() / "sub/b.jsonl");
+  CHECK(mapped.num_samples == 3);
+  CHECK(row(R"({"ask": "q", "more": "m", "say": "a", "sys": "s", "input": "not this"})",
+            mapped.format).messages ==
+        json(R"([{"role": "system", "content": "s"}, {"role": "user", "content": "q\nm"},
+                 {"role": "assistant", "content": "a"}])"));
+  CHECK(row(R"({"instruction": "q", "output": "a"})", format("plain")).messages == kAnswered);
+  CHECK(row(R"({"talk": [{"who": "house", "says": "s"}, {"who": "guest", "says": "q"},
+                         {"who": "host", "says": "a"}]})", format("chats")).messages ==
+        json(R"([{"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+                 {"role": "assistant", "content": "a"}])"));
+  CHECK(row(R"({"messages": [{"role": "user", "content": "q"},
+                             {"role": "assistant", "content": "a"}]})", format("oa")).messages ==
+        kAnswered);
+  CHECK(row(R"({"q": "q", "yes": "good", "no": "bad"})", format("ranked")).chosen == kGood);
+  CHECK(field_of_problem(R"({"q": "q", "yes": "good"})", format("ranked")) == "no");
+  CHECK(row(R"({"messages": [{"role": "user", "content": "q"},
+                             {"role": "assistant", "content": "a"}], "ok": "false"})",
+            format("rated")).desirable == false);
+  CHECK(row(R"({"text": "all"})", format("raw")).text == "all");
+  for (const char* name : {"far", "seen"})
+    CHECK(error_from([&] { format(name); }).kind() == ErrorKind::unsupported);
+  CHECK(error_from([&] { format("none"); }).cure().find("plain") != std::string::npos);
+  for (const char* broken : {"[]", "{\"a\": 1}", "{\"a\": {\"file_name\": 1}}", "{",
+                             "{\"a\": {\"file_name\": \"x\", \"formatting\": \"odd\"}}",
+                             "{\"a\": {\"file_name\": \"x\", \"columns\": []}}",
+                             "{\"a\": {\"file_name\": \"x\", \"num_samples\": -1}}"}) {
+    CAPTURE(broken);
+    const auto file = dir.file("broken.json", broken);
+    CHECK(error_from([&] { read_dataset_info(file); }).where().starts_with(file.string()));
+  }
+}
+
+TEST_CASE("JSON Lines, arrays, CSV and gzip are found by content and give the same examples") {
+  const TempDir dir;
+  const std::string lines =
+      "{\"prompt\": \"q\", \"completion\": \"a\"}\n{\"prompt\": \"Q\", \"completion\": \"A\"}\n";
+  const auto zipped = dir.path() / "zipped";  // no name tells
+  const gzFile out = gzopen(zipped.c_str(), "wb");
+  gzwrite(out, lines.data(), static_cast<unsigned>(lines.size()));
+  gzclose(out);
+  std::string crlf = "\xEF\xBB\xBF" + lines;
+  for (size_t at = 0; (at = crlf.find('\n', at)) != std::string::npos; at += 2)
+    crlf.replace(at, 1, "\r\n");
+  const std::filesystem::path files[] = {
+      dir.file("a.jsonl", lines),
+      dir.file("b.json", "[{\"prompt\": \"q\", \"completion\": \"a\"},\n"
+                         " {\"prompt\": \"Q\", \"completion\": \"A\"}]"),
+      dir.file("c.csv", "\xEF\xBB\xBFprompt,completion\r\nq,a\r\n\"Q\",\"A\"\r\n"),
+      dir.file("d.jsonl", crlf), zipped};
+  for (const auto& file : files) {
+    CAPTURE(file);
+    const LoadedExamples loaded = load(file);
+    REQUIRE(loaded.examples.size() == 2);
+    CHECK(loaded.counts.bad == 0);
+    CHECK(text_of(loaded.examples[0]).find("q<|im_end|>") != std::string::npos);
+    CHECK(text_of(loaded.examples[1]).find("A<|im_end|>") != std::string::npos);
+  }
+}
+
+TEST_CASE("bad rows are counted with file, line and field, and too many stop the run") {
+  const TempDir dir;
+  const auto file = dir.file("rows.jsonl",
+                             "{\"prompt\": \"q\", \"completion\": \"a\"}\n"
+                             "{\"prompt\": \"q\", \"completion\": [1]}\n"
+                             "{\"prompt\": \"\xFF\", \"completion\": \"a\"}\n"
+                             "not JSON\n"
+                             "{\"prompt\": \"q\", \"completion\": \"b\"}\n");
+  const LoadedExamples loaded = load({.sources = {{.path = file}}, .max_bad = 3});
+  CHECK(loaded.examples.size() == 2);
+  CHECK(loaded.counts.bad == 3);
+  CHECK(loaded.counts.rows == 5);
+  REQUIRE(loaded.problems.size() == 3);
+  CHECK(loaded.problems[0].file == file);
+  const Error e = error_from([&] { load({.sources = {{.path = file}}, .max_bad = 2}); });
+  CHECK(e.kind() == ErrorKind::bad_input);
+  CHECK(e.where().find("rows.jsonl: line ") != std::string::npos);
+  CHECK(e.cure().find("--max-bad") != std::string::npos);
+}
+
+TEST_CASE("a line of 100 MB is a row like any other") {
+  const TempDir dir;
+  const auto file = dir.path() / "rows.jsonl";
+  {
+    std::ofstream out(file);
+    out << "{\"prompt\": \"q\", \"completion\": \"a\"}\n{\"notes\": \"";
+    const std::string part(1 << 20, 'x');
+    for (size_t i = 0; i < 100; ++i) out << part;
+    out << "\", \"prompt\": \"q\", \"completion\": \"b\"}\n"
+        << "{\"prompt\": \"q\", \"completion\": \"c\"}\n";
+  }
+  const LoadedExamples loaded = load(file);
+  REQUIRE(loaded.examples.size() == 3);
+  CHECK(loaded.examples[1].line == 2);
+  CHECK(text_of(loaded.examples[2]).find("c<|im_end|>") != std::string::npos);
+}
+
+TEST_CASE("weights repeat and thin sources, and the seed chooses which") {
+  const TempDir dir;
+  std::string a, b;
+  for (int i = 0; i < 100; ++i) a += fmt::format("{{\"prompt\": \"{}\", \"completion\": \"a\"}}\n", i);
+  for (int i = 0; i < 10; ++i) b += fmt::format("{{\"prompt\": \"{}\", \"completion\": \"b\"}}\n", i);
+  const auto first = dir.file("a.jsonl", a), second = dir.file("b.jsonl", b);
+  const auto picked = [&](double wa, double wb, uint64_t samples, uint64_t seed) {
+    const LoadedExamples l = load({.sources = {{.path = first, .weight = wa, .num_samples = samples},
+                                               {.path = second, .weight = wb}},
+                                   .seed = seed});
+    std::array<size_t, 2> counts{};
+    std::vector<uint64_t> lines;
+    for (size_t i = 0; i < l.examples.size(); ++i) {
+      ++counts[l.examples[i].source];
+      lines.push_back(l.examples[i].line);
+    }
+    return std::pair(counts, lines);
+  };
+  CHECK(picked(1, 1, 0, 1).first == std::array<size_t, 2>{100, 10});
+  CHECK(picked(0.25, 2.5, 0, 1).first == std::array<size_t, 2>{25, 25});
+  CHECK(picked(1, 1, 30, 1).first == std::array<size_t, 2>{30, 10});
+  CHECK(picked(2, 1, 30, 1).first == std::array<size_t, 2>{60, 10});
+  CHECK(picked(0.25, 1, 0, 1) == picked(0.25, 1, 0, 1));
+  CHECK(picked(0.25, 1, 0, 1).second != picked(0.25, 1, 0, 2).second);
+}
+
+TEST_CASE("equal examples are learnt once where that is asked") {
+  const TempDir dir;
+  const auto file = dir.file("rows.jsonl",
+                             "{\"prompt\": \"q\", \"completion\": \"a\"}\n"
+                             "{\"prompt\": \"q\", \"completion\": \"b\"}\n"
+                             "{\"instruction\": \"q\", \"output\": \"a\"}\n");
+  CHECK(load(file).examples.size() == 3);
+  const LoadedExamples once = load({.sources = {{.path = file}}, .deduplicate = true});
+  CHECK(once.examples.size() == 2);
+  CHECK(once.counts.duplicates == 1);
+  CHECK(once.examples[1].line == 2);
+}
+
+TEST_CASE("decomposed Korean is counted, and composed only where that is asked") {
+  const TempDir dir;
+  const auto file = dir.file("rows.jsonl", "{\"prompt\": \"q\", \"completion\": \"\u1112\u1161\u11AB\"}\n");
+  const LoadedExamples as_is = load(file);
+  CHECK(as_is.counts.not_nfc == 1);
+  CHECK(text_of(as_is.examples[0]).find("\u1112\u1161\u11AB") != std::string::npos);
+  const LoadedExamples composed = load({.sources = {{.path = file}}, .rows = {.nfc = true}});
+  CHECK(text_of(composed.examples[0]).find("한") != std::string::npos);
+}
+
+TEST_CASE("examples that memory should not hold are the same from their files, and are used again") {
+  const TempDir dir;
+  std::string lines;
+  for (int i = 0; i < 3000; ++i)
+    lines += fmt::format("{{\"prompt\": \"{}\", \"completion\": \"{}\"}}\n", i, i * i);
+  const auto file = dir.file("rows.jsonl", lines);
+  LoadExamples request{.sources = {{.path = file}}};
+  const Examples held = load(request).examples;
+  request.spill = dir.path() / "examples";
+  request.memory_bytes = 10'000;
+  request.key = "one";
+  for (const bool again : {false, true}) {
+    CAPTURE(again);
+    if (again) std::filesystem::resize_file(file, 0);  // it is not read again
+    const LoadedExamples mapped = load(request);
+    CHECK(std::filesystem::exists(dir.path() / "examples.index"));
+    CHECK(mapped.counts.rows == 3000);
+    REQUIRE(mapped.examples.size() == held.size());
+    for (size_t i = 0; i < held.size(); ++i) {
+      const ExampleView a = held[i], b = mapped.examples[i];
+      REQUIRE(std::ranges::equal(a.ids, b.ids));
+      REQUIRE(std::ranges::equal(a.trained, b.trained));
+      REQUIRE(a.line == b.line);
+      REQUIRE(a.hash == b.hash);
+      REQUIRE(a.trained_tokens() == b.trained_tokens());
+    }
+  }
+  request.key = "another";
+  CHECK(error_from([&] { load(request); }).kind() == ErrorKind::bad_input);
+}
+
+TEST_CASE("a split keeps equal prompts together and does not depend on other rows") {
+  std::vector<Example> examples;
+  for (uint64_t i = 0; i < 2000; ++i)
+    examples.push_back(
+        {.ids = {1, 2}, .trained = {0, 1}, .line = i, .hash = (i / 2) * 0x9E3779B97F4A7C15u});
+  const ExampleSplit split = split_by_hash(Examples(examples), 0.1);
+  CHECK(split.train.size() + split.validation.size() == 2000);
+  CHECK(split.validation.size() > 100);
+  CHECK(split.validation.size() < 300);
+  std::vector<uint64_t> held;
+  for (size_t i = 0; i < split.validation.size(); ++i) held.push_back(split.validation[i].hash);
+  const auto is_held = [&](uint64_t hash) { return std::ranges::count(held, hash) != 0; };
+  for (size_t i = 0; i < split.train.size(); ++i) CHECK(!is_held(split.train[i].hash));
+  examples.resize(1000);
+  const Examples fewer = split_by_hash(Examples(examples), 0.1).validation;
+  for (size_t i = 0; i < fewer.size(); ++i) CHECK(is_held(fewer[i].hash));
+}
+
+TEST_CASE("a split leaves at least one prompt on each side") {
+  std::vector<Example> examples(3, {.ids = {1, 2}, .trained = {0, 1}});
+  for (size_t i = 0; i < 3; ++i) examples[i].hash = i * 0x5555555555555555u;
+  CHECK(split_by_hash(Examples(examples), 0.01).validation.size() == 1);
+  CHECK(split_by_hash(Examples(examples), 0.99).train.size() == 1);
+  CHECK(split_by_hash(Examples(examples), 0).validation.empty());
+  examples.resize(1);
+  CHECK(split_by_hash(Examples(examples), 0.5).train.size() == 1);
+}
