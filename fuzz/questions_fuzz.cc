@@ -22,6 +22,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       judge(question.expected, answer);
     } else {
       const std::vector<double> logprobs(question.expected.choices.size(), -1.0);
+      judge_written_choice(question.expected, answer);
       judge_choice(question.expected,
                    best_choice(question.expected, logprobs, ChoiceScore::per_character));
     }

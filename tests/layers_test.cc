@@ -18,7 +18,7 @@ const std::map<std::string, std::vector<std::string>> kMayInclude = {
     {"formats", {"base"}},
     {"engine", {"base", "formats"}},
     {"prove", {"base", "formats", "engine"}},
-    {"tune", {"base", "formats", "engine"}},
+    {"tune", {"base", "formats", "engine", "prove"}},
     {"lighten", {"base", "formats", "engine"}},
     {"serve", {"base", "formats", "engine"}},
     {"forge", {"base", "formats", "engine", "prove", "tune", "lighten"}},

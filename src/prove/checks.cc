@@ -15,14 +15,15 @@
 
 #include "base/error.h"
 #include "base/text.h"
+#include "prove/chrf.h"
 
 namespace moru {
 namespace {
 
 using Json = nlohmann::json;
 
-constexpr std::array<const char*, 6> kCheckNames = {"exact",  "contains", "regex",
-                                                    "number", "choice",   "json"};
+constexpr std::array<const char*, 7> kCheckNames = {"exact",  "contains", "regex",     "number",
+                                                    "choice", "json",     "similarity"};
 
 // Bounds on what an answer may cost. A pattern of everyday use takes some hundred steps.
 constexpr uint32_t kRegexSteps = 1'000'000;
@@ -80,6 +81,14 @@ Verdict judge_text(const Expectation& expected, std::string_view answer) {
   const char* verb = expected.check == Check::exact ? "expected" : "expected to contain";
   return wrong(
       fmt::format("{} {}, got {}", verb, expected_list(expected.answers), excerpt(answer)));
+}
+
+Verdict judge_similarity(const Expectation& expected, std::string_view answer) {
+  double best = 0;
+  for (const std::string& text : expected.answers) best = std::max(best, chrf(answer, text));
+  if (best >= expected.at_least) return {true, ""};
+  return wrong(fmt::format("chrF {:.2f} against {}, got {}", best, expected_list(expected.answers),
+                           excerpt(answer)));
 }
 
 // ---- regex ----
@@ -479,6 +488,10 @@ std::optional<std::string> problem_with(const Expectation& expected) {
       case Check::json:
         if (!parse_json(answer)) return fmt::format("{} is not JSON", excerpt(answer));
         break;
+      case Check::similarity:
+        if (!(expected.at_least > 0 && expected.at_least <= 1))
+          return fmt::format("wants a similarity of {}, which is not in (0, 1]", expected.at_least);
+        break;
     }
   }
   return std::nullopt;
@@ -495,6 +508,8 @@ Verdict judge(const Expectation& expected, std::string_view answer) {
       return judge_number(expected, answer);
     case Check::json:
       return judge_json(expected, answer);
+    case Check::similarity:
+      return judge_similarity(expected, answer);
     case Check::choice:
       break;
   }
@@ -527,6 +542,30 @@ Verdict judge_choice(const Expectation& expected, size_t chosen) {
   if (is_right_choice(expected, chosen)) return {true, ""};
   return wrong(fmt::format("expected {}, chose {}", expected_list(expected.answers),
                            excerpt(expected.choices[chosen])));
+}
+
+Verdict judge_written_choice(const Expectation& expected, std::string_view answer) {
+  const auto bare = [](std::string text) {  // without the dress of a letter: "(B)." is "b"
+    while (!text.empty() && std::string_view("().: ").find(text.back()) != std::string_view::npos)
+      text.pop_back();
+    return text.substr(std::min(text.find_first_not_of("( "), text.size()));
+  };
+  const std::string given = bare(normalise_answer(answer, true));
+  for (size_t i = 0; i < expected.choices.size(); ++i) {
+    const std::string text = bare(normalise_answer(expected.choices[i], true));
+    bool named = given == text;
+    if (i < 26 && !given.empty() && given[0] == static_cast<char>('a' + i)) {
+      const std::string_view rest = std::string_view(given).substr(1);
+      named |= rest.empty();
+      if (!rest.empty() && std::string_view("). :").find(rest[0]) != std::string_view::npos)
+        named |= rest.ends_with(text) &&
+                 rest.substr(0, rest.size() - text.size()).find_first_not_of("). :") ==
+                     std::string_view::npos;
+    }
+    if (named) return judge_choice(expected, i);
+  }
+  return wrong(
+      fmt::format("expected {}, got {}", expected_list(expected.answers), excerpt(answer)));
 }
 
 std::string normalise_answer(std::string_view text, bool fold_case) {

@@ -1,4 +1,4 @@
-// Whether an answer is right: the six ways in which a question can be checked, all by rule, none
+// Whether an answer is right: the seven ways in which a question can be checked, all by rule, none
 // by another model's opinion.
 //
 //   exact     the answer is one of the expected texts, after NFC, trimming and collapsing of spaces
@@ -7,6 +7,7 @@
 //   number    the answer's last number is the expected one, within a tolerance
 //   choice    the model gives the right one of several continuations the highest probability
 //   json      the answer holds a JSON value equal to the expected one
+//   similarity  the answer is close to an expected text: chrF (prove/chrf.h) reaches `at_least`
 #pragma once
 #include <cstddef>
 #include <optional>
@@ -17,7 +18,7 @@
 
 namespace moru {
 
-enum class Check { exact, contains, regex, number, choice, json };
+enum class Check { exact, contains, regex, number, choice, json, similarity };
 const char* name_of(Check check);
 std::optional<Check> check_named(std::string_view name);
 // "exact, contains, …", for messages.
@@ -37,6 +38,7 @@ struct Expectation {
   std::vector<std::string> choices = {};  // what `choice` scores; answers then name the right ones
   Tolerance within = {};                  // for number
   bool ignore_case = false;               // for exact, contains, regex
+  double at_least = 0.5;                  // for similarity, in (0, 1]
 };
 
 // What keeps an expectation from being checked (a broken pattern, no answer …), in words; nullopt
@@ -59,6 +61,9 @@ size_t best_choice(const Expectation& expected, std::span<const double> logprobs
                    ChoiceScore score);
 // For Check::choice.
 Verdict judge_choice(const Expectation& expected, size_t chosen);
+// Check::choice where the model wrote its answer: right if it is the text of a right choice, its
+// letter (B, "(b)", "B."), or both ("B) text"). Case does not matter.
+Verdict judge_written_choice(const Expectation& expected, std::string_view answer);
 
 // NFC, spaces (any of Unicode's, line ends too) trimmed and collapsed to one; optionally
 // case-folded.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <unordered_set>
 
 #include "base/error.h"
@@ -50,6 +51,12 @@ class Fields {
     if (field == nullptr) return std::nullopt;
     if (!is_scalar(*field)) refuse(name, "is not text", "write it as one string");
     return scalar_text(*field);
+  }
+
+  // For fields that may mean something else in files not written for moru.
+  std::string text_if_any(const std::string& name) const {
+    const Json* field = find(name);
+    return field != nullptr && is_scalar(*field) ? scalar_text(*field) : "";
   }
 
   // A list: a JSON array, a string that holds one, or texts separated by "|" in a string.
@@ -209,6 +216,8 @@ const char* cure_for(Check check) {
       return "give the text of a choice, its letter, or its place from 0";
     case Check::json:
       return "give a JSON value";
+    case Check::similarity:
+      return "give the text to be close to, and at_least in (0, 1]";
   }
   return "";
 }
@@ -231,6 +240,13 @@ Expectation read_expectation(const Fields& fields, const QuestionOptions& option
                     "write a number such as 0.5, or a share such as 1%");
     expected.within = *tolerance;
   }
+  if (const std::optional<std::string> at_least = fields.text("at_least")) {
+    const char* end = at_least->data() + at_least->size();
+    const auto read = std::from_chars(at_least->data(), end, expected.at_least);
+    if (read.ec != std::errc() || read.ptr != end)
+      fields.refuse("at_least", fmt::format("\"{}\" is not a number", *at_least),
+                    "write a share such as 0.5");
+  }
 
   expected.answers = read_answers(fields, options, expected.check == Check::json);
   if (expected.answers.empty())
@@ -246,9 +262,13 @@ Expectation read_expectation(const Fields& fields, const QuestionOptions& option
 // All that decides a result, as one line.
 std::string canonical(const Question& question) {
   const Expectation& e = question.expected;
-  return dump({question.id, question.messages, name_of(e.check), e.answers, e.choices,
-               e.within.amount, e.within.relative, e.ignore_case});
+  Json line = {question.id, question.messages, name_of(e.check),  e.answers,
+               e.choices,   e.within.amount,   e.within.relative, e.ignore_case};
+  if (e.check == Check::similarity) line.push_back(e.at_least);
+  return dump(line);
 }
+
+bool is_answer_in_full(Check check) { return check != Check::contains && check != Check::regex; }
 
 void keep_sample(std::vector<Question>& items, size_t limit) {
   if (limit == 0 || items.size() <= limit) return;
@@ -271,8 +291,29 @@ Question question_from_row(const std::string& where, const Row& row,
   question.id = fields.text(options.id_column).value_or("");
   question.messages = read_messages(fields, options);
   question.expected = read_expectation(fields, options);
+  question.category = fields.text_if_any("category");
+  question.reference = fields.text_if_any("reference");
+  if (question.reference.empty() && is_answer_in_full(question.expected.check))
+    question.reference = question.expected.answers.front();
   question.prompt_sha256 = sha256(dump(question.messages));
   return question;
+}
+
+Json row_of(const Question& question) {
+  const Expectation& e = question.expected;
+  Json row = {{"id", question.id}, {"messages", question.messages}, {"check", name_of(e.check)}};
+  if (e.answers.size() == 1)
+    row["answer"] = e.answers.front();
+  else
+    row["answers"] = e.answers;
+  if (!e.choices.empty()) row["choices"] = e.choices;
+  if (e.within.relative) row["within"] = fmt::format("{}%", 100 * e.within.amount);
+  if (!e.within.relative && e.within.amount > 0) row["within"] = e.within.amount;
+  if (e.ignore_case) row["ignore_case"] = true;
+  if (e.check == Check::similarity) row["at_least"] = e.at_least;
+  if (!question.category.empty()) row["category"] = question.category;
+  if (!question.reference.empty()) row["reference"] = question.reference;
+  return row;
 }
 
 QuestionSet read_questions(const std::filesystem::path& path, const QuestionOptions& options) {

@@ -7,11 +7,15 @@
 //   answer       the expected answer (text, number, boolean; for json any value), or
 //   answers      several, any of which is right
 //   check        exact (default) | contains | regex | number | choice (default where there are
-//                choices) | json: see prove/checks.h
+//                choices) | json | similarity: see prove/checks.h
 //   choices      the continuations that `choice` scores
 //   within       for number: 0.5, or "1%"
 //   ignore_case  for exact, contains, regex
+//   at_least     for similarity: 0.5 unless said
 //   id           names the question in results; the row's number where absent
+//   category     the kind it belongs to, for quotas of pairs (tune/pairs.h)
+//   reference    a good answer in full, for pairs; where absent, the first of the answers if a
+//                model could give it as it stands (all checks but contains and regex)
 //
 // In a CSV, answers and choices are JSON arrays or texts separated by "|", messages is JSON. Other
 // fields are left alone.
@@ -35,7 +39,8 @@ struct Question {
   uint64_t line = 0;                // where it stands in its file
   nlohmann::ordered_json messages;  // OpenAI's shape; the last one is not the assistant's
   Expectation expected;
-  std::string prompt_sha256;  // of `messages`: equal prompts have equal hashes
+  std::string prompt_sha256;                  // of `messages`: equal prompts have equal hashes
+  std::string category = {}, reference = {};  // may be empty
 };
 
 struct QuestionOptions {
@@ -67,5 +72,8 @@ QuestionSet read_questions(const std::filesystem::path& path, const QuestionOpti
 // One row of a file. `where` names it in errors. Leaves `id` empty where the row has none.
 Question question_from_row(const std::string& where, const Row& row,
                            const QuestionOptions& options = {});
+
+// The row that question_from_row reads as this question.
+nlohmann::ordered_json row_of(const Question& question);
 
 }  // namespace moru

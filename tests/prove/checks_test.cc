@@ -175,3 +175,32 @@ TEST_CASE("tolerances are numbers or shares") {
     CHECK(!parse_tolerance(bad));
   }
 }
+
+TEST_CASE("a similar answer is right from the chosen similarity on") {
+  Expectation expected{.check = Check::similarity,
+                       .answers = {"Refunds take up to 5 working days.", "환불은 5일 걸립니다"}};
+  CHECK(judge(expected, "Refunds take up to five working days").correct);
+  CHECK(judge(expected, "환불은  5일 걸립니다.").correct);
+  const Verdict far = judge(expected, "We do not know.");
+  CHECK_FALSE(far.correct);
+  CHECK(far.reason.starts_with("chrF 0."));
+  expected.at_least = 1;
+  CHECK_FALSE(judge(expected, "Refunds take up to five working days").correct);
+  CHECK_FALSE(problem_with(expected));
+  expected.at_least = 0;
+  CHECK(problem_with(expected));
+}
+
+TEST_CASE("a written choice is its text, its letter, or both") {
+  const Expectation expected{
+      .check = Check::choice, .answers = {"Paris"}, .choices = {"Rome", "Paris", "Bern"}};
+  for (const char* right : {"Paris", "paris.", "B", "b", "(B)", "B.", "B) Paris", "B: paris"}) {
+    CAPTURE(right);
+    CHECK(judge_written_choice(expected, right).correct);
+  }
+  for (const char* wrong :
+       {"", "A", "C) Bern", "Rome", "B) Rome", "Berlin", "Paris or Rome", "BB"}) {
+    CAPTURE(wrong);
+    CHECK_FALSE(judge_written_choice(expected, wrong).correct);
+  }
+}

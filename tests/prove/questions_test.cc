@@ -184,3 +184,32 @@ TEST_CASE("the hash of what is asked ignores the file's form and sees every chan
   CHECK(jsonl != read("q.csv", "prompt,answer\np,a\n", {.system = "s"}).asked_sha256);
   CHECK(jsonl != read("q.csv", "prompt,answer\np,a\n", {.ignore_case = true}).asked_sha256);
 }
+
+TEST_CASE("a question becomes the row that it came from") {
+  const QuestionSet set =
+      read("q.jsonl", R"({"prompt": "a", "answer": "x", "ignore_case": true})"
+                      "\n"
+                      R"({"prompt": "b", "answer": {"k": [1, "2"]}, "check": "json"})"
+                      "\n"
+                      R"({"prompt": "c", "answers": [3, 4], "check": "number", "within": "1%"})"
+                      "\n"
+                      R"({"prompt": "d", "choices": ["yes", "no"], "answer": "B"})"
+                      "\n"
+                      R"({"system": "s", "prompt": "e", "answer": "long text", "at_least": 0.7, )"
+                      R"("check": "similarity", "category": "letters"})"
+                      "\n"
+                      R"({"prompt": "f", "answer": "^x", "check": "regex", "reference": "xy"})");
+  std::string rows;
+  for (const Question& question : set.items) rows += row_of(question).dump() + "\n";
+  const QuestionSet again = read("again.jsonl", rows);
+  CHECK(again.asked_sha256 == set.asked_sha256);
+  REQUIRE(again.items.size() == 6);
+  for (size_t i = 0; i < 6; ++i) {
+    CHECK(again.items[i].reference == set.items[i].reference);
+    CHECK(again.items[i].category == set.items[i].category);
+  }
+  CHECK(set.items[1].reference == R"({"k":[1,"2"]})");
+  CHECK(set.items[3].reference == "no");
+  CHECK(again.items[4].expected.at_least == 0.7);
+  CHECK(again.items[5].reference == "xy");
+}
