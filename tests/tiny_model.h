@@ -19,6 +19,9 @@ struct TinyModelOptions {
   DType type = DType::q8_0;      // of the matrices
   size_t layers = 2, width = 256, ffn_width = 512, heads = 4, kv_heads = 2, head_dim = 64;
   size_t window = 24;  // gemma3
+  // Of the embedding, which is the head too: 4 makes a model that mostly says its last token again,
+  // 1 one that says anything.
+  float embedding_gain = 4;
   uint64_t seed = 1;
   std::string chat_template;  // empty: none
 };
@@ -132,7 +135,7 @@ inline void write_tiny_model(const std::filesystem::path& path, const TinyModelO
     data.push_back(std::move(bytes));
     tensors.push_back({name, DType::f32, {size}, {}});
   };
-  matrix("token_embd.weight", vocab, o.width, 4);
+  matrix("token_embd.weight", vocab, o.width, o.embedding_gain);
   norm("output_norm.weight", o.width);
   for (size_t i = 0; i < o.layers; ++i) {
     const std::string block = "blk." + std::to_string(i) + ".";

@@ -35,11 +35,16 @@ int main(int argc, char** argv) {
   moru::add_lighten(app);
   moru::add_tune(app);
   moru::add_adapter(app);
+  moru::add_pairs(app);
   moru::add_prove(app);
+  moru::add_gate(app);
+  moru::add_improve(app);
   moru::add_serve(app);
   try {
     app.parse(argc, argv);
     return 0;
+  } catch (const CLI::RuntimeError& error) {
+    return error.get_exit_code();  // a command that has said why
   } catch (const CLI::ParseError& error) {
     // Help and version are "errors" of code 0 to CLI11.
     return error.get_exit_code() == 0 ? app.exit(error)

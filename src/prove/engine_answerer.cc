@@ -31,13 +31,19 @@ std::vector<TokenId> choice_ids(const ModelFiles& files, const PromptStyle& styl
 
 }  // namespace
 
+std::string describe_engine(const Engine& engine, const ModelFiles& files,
+                            const PromptStyle& style) {
+  const std::string frame = files.chat_template ? files.chat_template->source() : "";
+  const bool int8 = engine.model().activations == Activations::int8;
+  return std::string(name_of(engine.model().profile)) + (int8 ? " int8 " : " ") +
+         sha256(frame + "\n" + style.plain_template + "\n" + style.system);
+}
+
 Answerer make_answerer(std::string name, std::string model_sha256, Engine& engine,
                        const ModelFiles& files, const PromptStyle& style) {
-  const std::string frame = files.chat_template ? files.chat_template->source() : "";
   Answerer answerer{.name = std::move(name),
                     .model_sha256 = std::move(model_sha256),
-                    .engine = std::string(name_of(engine.model().profile)) + " " +
-                              sha256(frame + "\n" + style.plain_template + "\n" + style.system),
+                    .engine = describe_engine(engine, files, style),
                     .threads = engine.pool().size()};
   const auto generator = std::make_shared<Generator>(engine, files.tokenizer,
                                                      GeneratorOptions{.sequences = answerer.batch});

@@ -14,4 +14,8 @@ namespace moru {
 Answerer make_answerer(std::string name, std::string model_sha256, Engine& engine,
                        const ModelFiles& files, const PromptStyle& style);
 
+// What decides answers beside the weights: numeric profile, template, system message.
+std::string describe_engine(const Engine& engine, const ModelFiles& files,
+                            const PromptStyle& style);
+
 }  // namespace moru
