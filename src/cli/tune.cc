@@ -235,6 +235,8 @@ void add_tune(CLI::App& app) {
   cmd->add_option("--lora-alpha", o.lora.alpha, "alpha; the scale is alpha/r")
       ->capture_default_str();
   cmd->add_flag("--use-rslora", o.lora.rank_stabilised, "scale alpha/sqrt(r)");
+  cmd->add_flag("--use-dora", o.lora.dora,
+                "DoRA: the length of each row of a weight is learnt beside its direction");
   cmd->add_option("--target-modules,--lora-target", flags->target_modules,
                   "all-linear, or names: q_proj,v_proj")
       ->capture_default_str();

@@ -35,6 +35,10 @@ Adapter make_adapter(Lora lora) {
     throw Error(ErrorKind::usage, {.where = lora.whole.front().name,
                                    .what = "was learnt whole, which cannot lie beside the weights",
                                    .cure = "merge the adapter into its model first"});
+  if (lora.dora)
+    throw Error(ErrorKind::usage, {.where = "use_dora",
+                                   .what = "the adapter is DoRA's, which cannot lie beside weights",
+                                   .cure = "merge it first: moru adapter MODEL ADAPTER --to gguf"});
   Adapter adapter{std::move(lora), {}};
   const Lora& l = adapter.lora;
   adapter.b_columns.resize(l.values.size());

@@ -14,8 +14,8 @@
 
 namespace moru {
 
-// What make_adapter makes of pairs alone (Error: usage, weights learnt whole); it never changes
-// while it serves.
+// What make_adapter makes of plain pairs (Error: usage, DoRA or weights learnt whole); it never
+// changes while it serves.
 struct Adapter {
   Lora lora;
   std::vector<float> b_columns;  // each B as [rank, out], scaled, at its place in lora.values

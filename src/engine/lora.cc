@@ -69,11 +69,26 @@ void lay_out(Lora& lora, const Config& c) {
       at += layer[p].rank * out[p];
     }
   }
+  for (LoraLayer& layer : lora.layers) {
+    for (LoraPair& pair : layer) {
+      pair.magnitude = at;
+      if (lora.is_dora(pair)) at += pair.out;
+    }
+  }
   for (WholeWeight& weight : lora.whole) {
     weight.at = at;
     at += weight.count();
   }
   lora.values.assign(at, 0.0f);
+}
+
+double squared_row_norm(const Matrix& matrix, size_t row) {
+  static thread_local std::vector<float> values;
+  values.resize(matrix.cols());
+  matrix.read_rows(row, 1, values.data());
+  double sum = 0;
+  for (const float v : values) sum += double{v} * double{v};
+  return sum;
 }
 
 bool Lora::has_pairs() const {
@@ -126,6 +141,18 @@ DenseMatrix dense_of(Pool& pool, const Matrix& matrix, DType type) {
 }
 
 }  // namespace
+
+void take_magnitudes(Pool& pool, const Model& model, Lora& lora) {
+  for (size_t l = 0; l < lora.layers.size(); ++l) {
+    for (size_t p = 0; p < kProjections; ++p) {
+      const Matrix& w = matrix_of(model.layers[l], static_cast<Projection>(p));
+      const std::span<float> m = lora.magnitude(lora.layers[l][p]);
+      pool.each(m.size(), [&](size_t row) {
+        m[row] = static_cast<float>(std::sqrt(squared_row_norm(w, row)));
+      });
+    }
+  }
+}
 
 void take_whole(Pool& pool, Model& model, DType type, Lora& lora) {
   each_whole(model, lora, [&](const NamedWeight& weight, std::span<float> values) {

@@ -6,8 +6,8 @@
 //   | A_q | A_k | A_v | A_o | A_gate | A_up | A_down | B_q | B_k | … | B_down |
 //
 // and so form one matrix [r_q + r_k + r_v, width] that a single thin product serves. After the
-// pairs of all layers come the weights that are learnt whole: PEFT's modules_to_save; all of them
-// and no pair is full fine-tuning.
+// pairs of all layers come DoRA's magnitudes, and then the weights that are learnt whole: PEFT's
+// modules_to_save; all of them and no pair is full fine-tuning.
 #pragma once
 #include <array>
 #include <cstddef>
@@ -43,6 +43,7 @@ struct LoraPair {
   float alpha = 0, scale = 0;
   size_t in = 0, out = 0;
   size_t a = 0, b = 0;  // where A [rank, in] and B [out, rank] begin in the array of floats
+  size_t magnitude = 0;  // and DoRA's m [out]
 };
 using LoraLayer = std::array<LoraPair, kProjections>;
 
@@ -56,6 +57,9 @@ struct WholeWeight {
 
 struct Lora {
   bool rank_stabilised = false;  // scale = α/√r (arXiv:2312.03732) instead of α/r
+  // DoRA (arXiv:2402.09353): y = m/‖W + s·B·A‖ ⊙ (x·Wᵀ + s·(x·Aᵀ)·Bᵀ) + bias, norms of rows, which
+  // count as constants in the gradient.
+  bool dora = false;
   std::vector<LoraLayer> layers;
   std::vector<WholeWeight> whole;
   std::vector<float> values;
@@ -73,6 +77,14 @@ struct Lora {
   std::span<const float> b(const LoraPair& p) const {
     return {values.data() + p.b, p.out * p.rank};
   }
+  bool is_dora(const LoraPair& p) const { return dora && p.rank != 0; }
+  // Empty but for DoRA.
+  std::span<float> magnitude(const LoraPair& p) {
+    return {values.data() + p.magnitude, is_dora(p) ? p.out : 0};
+  }
+  std::span<const float> magnitude(const LoraPair& p) const {
+    return {values.data() + p.magnitude, is_dora(p) ? p.out : 0};
+  }
 };
 
 // Sets scale, in, out and the places of every pair whose rank and alpha are set, by the model's
@@ -81,6 +93,11 @@ void lay_out(Lora& lora, const Config& config);
 
 // Rows of the stacked A of one group: the sum of its ranks.
 size_t group_rank(const LoraLayer& layer, InputGroup group);
+
+double squared_row_norm(const Matrix& matrix, size_t row);
+
+// DoRA's magnitudes become ‖W + s·B·A‖ for B = 0: a new adapter changes nothing.
+void take_magnitudes(Pool& pool, const Model& model, Lora& lora);
 
 // The whole weights' values from the model, and back to it (rounded to its type): what is learnt is
 // what the model computes with. A quantized matrix becomes dense, of `type`, first.

@@ -208,7 +208,7 @@ void LoraTraining::State::lay_out(Arena& arena) {
     k.rms_ffn = arena.take<float>(t);
     k.gate = arena.take_rows(type, t, f);
     k.up = arena.take_rows(type, t, f);
-    if (sandwich) {
+    if (sandwich || lora->dora) {
       k.attn_sub = arena.take_rows(type, t, d);
       k.rms_attn_post = arena.take<float>(t);
       k.ffn_sub = arena.take_rows(type, t, d);
@@ -269,6 +269,19 @@ void LoraTraining::State::lay_out(Arena& arena) {
   s.head_dn = arena.take<float>(h * d);
 
   values = arena.take_rows(type, 1, pair_values);
+  if (lora->dora) {
+    size_t magnitudes = 0, low = 0;
+    for (const LoraLayer& layer : lora->layers)
+      for (const LoraPair& pair : layer) {
+        magnitudes += lora->magnitude(pair).size();
+        low = std::max(low, pair.out * pair.rank);
+      }
+    dora.squared_norms = arena.take<float>(magnitudes);
+    dora.scales = arena.take<float>(magnitudes);
+    dora.low = arena.take<float>(low);
+    dora.gate = arena.take_rows(type, t, f);
+    dora.up = arena.take_rows(type, t, f);
+  }
   // Room for whatever has to be unpacked, were it only because it is stored in another precision.
   size_t most = 0;
   const auto unpacks = [&](const Matrix& m) {
@@ -299,7 +312,8 @@ void prepare(LoraTraining::State& s, const Model& model, const Lora& lora,
   s.options = options;
   s.type = type_of(model, options);
   s.head_rows = head_rows_for(model.config.vocab);
-  s.pair_values = lora.whole.empty() ? lora.values.size() : lora.whole.front().at;
+  s.dora.first = lora.layers.empty() ? 0 : lora.layers[0][0].magnitude;
+  s.pair_values = s.dora.first;
   for (const NamedWeight& weight : weights_of(*s.model))
     if (const WholeWeight* whole = lora.find_whole(weight.name))
       s.whole[weight.matrix != nullptr ? static_cast<const void*>(weight.matrix) : weight.vector] =
@@ -340,6 +354,7 @@ LoraTraining::LoraTraining(Pool& pool, Model& model, const Lora& lora,
   s.memory = PageBuffer(count.used());
   Arena arena(static_cast<std::byte*>(s.memory.data()));
   s.lay_out(arena);
+  take_squared_norms(s);
   refresh();
 }
 
@@ -349,6 +364,7 @@ void LoraTraining::refresh() {
   State& s = *state_;
   store(*s.pool, s.lora->values.data(), s.pair_values, s.values);
   put_whole(*s.pool, *s.lora, *s.model);
+  refresh_scales(s);
 }
 
 std::span<float> LoraTraining::gradients() {

@@ -3,6 +3,7 @@
 //
 //   training_forward.cc    one block forward, keeping what its backward pass reads
 //   training_backward.cc   the same lines, mirrored
+//   training_dora.cc       DoRA's factors and the gradients of its magnitudes
 //   training.cc            memory, batches, the head with its loss
 //
 // Products are dense: Profile::f32 is the reference, Profile::bf16 multiplies in bf16 with f32 sums

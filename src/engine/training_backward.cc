@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstring>
 
 #include "base/error.h"
 #include "base/half.h"
@@ -67,14 +68,15 @@ void bias_gradient(LoraTraining::State& s, const Vector& bias, const Rows& dy) {
   });
 }
 
-// The gradient by a sub-layer's output, from dx by the stream that it was added to.
+// The gradient by a sub-layer's output, from dx by the stream that it was added to; `own`: in memory
+// that may be changed.
 Rows output_gradient(LoraTraining::State& s, const Vector& post_norm, const Rows& sub,
-                     const float* rms_post) {
+                     const float* rms_post, bool own) {
   const Config& c = s.config();
   const size_t t = s.tokens, d = c.width;
   if (post_norm.empty() && c.residual_scale == 1) {
-    if (s.type == DType::f32) return {DType::f32, s.scratch.dx, d};
-    round_to_bf16(*s.pool, s.scratch.dx, t * d, s.scratch.d_out.bf16());
+    if (s.type == DType::f32 && !own) return {DType::f32, s.scratch.dx, d};
+    store(*s.pool, s.scratch.dx, t * d, s.scratch.d_out);
     return s.scratch.d_out;
   }
   // d_sub stands in dn, which no one needs yet; sub is widened into scratch.sub.
@@ -90,6 +92,14 @@ Rows output_gradient(LoraTraining::State& s, const Vector& post_norm, const Rows
   }
   store(*s.pool, d_sub, t * d, s.scratch.d_out);
   return s.scratch.d_out;
+}
+
+void copy_rows(LoraTraining::State& s, const Rows& from, const Rows& to) {
+  const size_t bytes = from.ld * (from.type == DType::bf16 ? 2 : 4);
+  s.pool->each(s.tokens, [&](size_t t) {
+    std::memcpy(static_cast<std::byte*>(to.data) + t * bytes,
+                static_cast<const std::byte*>(from.data) + t * bytes, bytes);
+  });
 }
 
 // Gradients by gate and up take the place of their values.
@@ -155,11 +165,20 @@ void backward_layer(LoraTraining::State& s, size_t layer, const Kept& k) {
   }
 
   // Feed-forward.
-  const Rows d_down = output_gradient(s, w.ffn_post_norm, k.ffn_sub, k.rms_ffn_post);
+  static const Vector kNoBias;
+  const Rows d_down = output_gradient(s, w.ffn_post_norm, k.ffn_sub, k.rms_ffn_post,
+                                      s.is_dora(layer, Projection::down));
+  magnitude_gradient(s, layer, Projection::down, k.ffn_sub, kNoBias, d_down);
   backward_group(s, layer, 3, k.hidden, k.u[3], {{{Projection::down, d_down}}},
                  wants_gates ? sc.wide : nullptr);
   if (!wants_gates) return;
+  const bool dora_gate = s.is_dora(layer, Projection::gate),
+             dora_up = s.is_dora(layer, Projection::up);
+  if (dora_gate) copy_rows(s, k.gate, s.dora.gate);
+  if (dora_up) copy_rows(s, k.up, s.dora.up);
   gate_gradients(s, k, sc.wide);
+  if (dora_gate) magnitude_gradient(s, layer, Projection::gate, s.dora.gate, kNoBias, k.gate);
+  if (dora_up) magnitude_gradient(s, layer, Projection::up, s.dora.up, kNoBias, k.up);
   backward_group(s, layer, 2, k.n_ffn, k.u[2],
                  {{{Projection::gate, k.gate}, {Projection::up, k.up}}},
                  wants_attention ? sc.dn : nullptr);
@@ -168,8 +187,10 @@ void backward_layer(LoraTraining::State& s, size_t layer, const Kept& k) {
                     s.gradient_of(w.ffn_norm));
 
   // Attention.
-  const Rows d_o = output_gradient(s, w.attn_post_norm, k.attn_sub, k.rms_attn_post);
+  const Rows d_o = output_gradient(s, w.attn_post_norm, k.attn_sub, k.rms_attn_post,
+                                   s.is_dora(layer, Projection::o));
   bias_gradient(s, w.attn_out_bias, d_o);
+  magnitude_gradient(s, layer, Projection::o, k.attn_sub, w.attn_out_bias, d_o);
   backward_group(s, layer, 1, k.mixed, k.u[1], {{{Projection::o, d_o}}},
                  wants_mixed ? sc.d_mixed : nullptr);
   if (!wants_mixed) return;
@@ -183,6 +204,10 @@ void backward_layer(LoraTraining::State& s, size_t layer, const Kept& k) {
   bias_gradient(s, w.q_bias, d_proj.q);
   bias_gradient(s, w.k_bias, d_proj.k);
   bias_gradient(s, w.v_bias, d_proj.v);
+  const Qkv<Rows> proj = split_qkv(s, k.qkv);
+  magnitude_gradient(s, layer, Projection::q, proj.q, w.q_bias, d_proj.q);
+  magnitude_gradient(s, layer, Projection::k, proj.k, w.k_bias, d_proj.k);
+  magnitude_gradient(s, layer, Projection::v, proj.v, w.v_bias, d_proj.v);
   backward_group(
       s, layer, 0, k.n_attn, k.u[0],
       {{{Projection::q, d_proj.q}, {Projection::k, d_proj.k}, {Projection::v, d_proj.v}}},

@@ -65,13 +65,13 @@ struct Kept {
   Rows qkv;                        // q [T, …], then k, then v: projected, before norm and rope
   float* lse = nullptr;            // [T, heads]
   Rows mixed;                      // [T, heads · head_dim] what attention gives
-  Rows attn_sub;                   // [T, d] its projection, where a norm follows (sandwich)
+  Rows attn_sub;                   // [T, d] its projection, where a norm follows, or of DoRA
   float* rms_attn_post = nullptr;  // [T]
   float* x_ffn = nullptr;          // [T, d] the stream between the halves
   float* rms_ffn = nullptr;        // [T]
   Rows n_ffn;                      // [T, d]
   Rows gate, up, hidden;           // [T, ffn]
-  Rows ffn_sub;                    // [T, d] (sandwich)
+  Rows ffn_sub;                    // [T, d] likewise
   float* rms_ffn_post = nullptr;   // [T]
   std::array<Rows, kInputGroups.size()> u;  // [T, group rank] s·x·Aᵀ of each input
 };
@@ -103,6 +103,14 @@ struct Scratch {
   float* head_dn = nullptr;   // [C, d]
 };
 
+// What DoRA needs besides. By magnitude: ‖W‖² of its row, and m/‖W + s·B·A‖.
+struct Dora {
+  size_t first = 0;  // where magnitudes begin in the array of floats
+  float *squared_norms = nullptr, *scales = nullptr;
+  float* low = nullptr;  // W·Aᵀ of one pair
+  Rows gate, up;         // [T, ffn] while their gradients take their place
+};
+
 struct LoraTraining::State {
   Pool* pool = nullptr;
   Model* model = nullptr;
@@ -124,6 +132,7 @@ struct LoraTraining::State {
   Rows unpacked;  // a matrix in the core's precision that is not stored so
   size_t pair_values = 0;
   float* gradients = nullptr;
+  Dora dora;
 
   // of the batch at hand
   size_t tokens = 0;
@@ -137,6 +146,10 @@ struct LoraTraining::State {
   DenseView stacked_a(size_t layer, InputGroup group) const;
   DenseView b(const LoraPair& pair) const;
   bool adapts(size_t layer, InputGroup group) const;
+  const LoraPair& pair(size_t layer, Projection p) const {
+    return lora->layers[layer][static_cast<size_t>(p)];
+  }
+  bool is_dora(size_t layer, Projection p) const { return lora->is_dora(pair(layer, p)); }
   // Where the gradient of a weight goes that is learnt whole; null for the others.
   float* gradient_of(const Matrix& matrix) const { return gradient_at(&matrix); }
   float* gradient_of(const Vector& vector) const { return gradient_at(&vector); }
@@ -181,6 +194,16 @@ void norm_rows(Pool& pool, const float* x, size_t m, size_t n, const Vector& gai
 void finish_qkv(LoraTraining::State& s, size_t layer, const Kept& kept);
 // kept.hidden = act(gate) · up.
 void make_hidden(LoraTraining::State& s, const Kept& kept);
+
+// training_dora.cc. ‖W‖² of all rows, which never change; then what follows from A, B and m.
+void take_squared_norms(LoraTraining::State& s);
+void refresh_scales(LoraTraining::State& s);
+// y *= m/‖W + s·B·A‖, [T, out]: nothing for projections without DoRA.
+void scale_output(LoraTraining::State& s, size_t layer, Projection projection, float* y, size_t ld);
+// Adds the gradient of m, given y as it was scaled (and a bias added) and the gradient by it, and
+// turns the latter into the gradient by what was scaled.
+void magnitude_gradient(LoraTraining::State& s, size_t layer, Projection projection, const Rows& y,
+                        const Vector& bias, const Rows& dy);
 
 // One block forward. x_next: where the stream goes; null: it is not wanted (a block made anew).
 void forward_layer(LoraTraining::State& s, size_t layer, const Kept& kept, float* x_next);

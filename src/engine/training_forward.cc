@@ -28,7 +28,7 @@ void shrink(LoraTraining::State& s, size_t layer, size_t group, const Rows& x, c
   }
 }
 
-// y (+)= x · Wᵀ + u · Bᵀ, y f32. u begins with the projection's own columns.
+// y (+)= x · Wᵀ + u · Bᵀ, y f32, times DoRA's factors. u begins with the projection's own columns.
 void project(LoraTraining::State& s, size_t layer, Projection projection, const Rows& x,
              const Rows& u, size_t u_column, float* y, size_t ldy, bool accumulate = false) {
   const LoraPair& pair = s.lora->layers[layer][static_cast<size_t>(projection)];
@@ -37,6 +37,7 @@ void project(LoraTraining::State& s, size_t layer, Projection projection, const 
   if (pair.rank != 0)
     matmul_nt(*s.pool, u.view(s.tokens, pair.rank, u_column), s.b(pair),
               {DType::f32, y, ldy, true, 1});
+  scale_output(s, layer, projection, y, ldy);
 }
 
 void add_bias(Pool& pool, const Vector& bias, size_t rows, float* y) {
@@ -56,16 +57,17 @@ void add_sub_layer(LoraTraining::State& s, size_t layer, const SubLayer& part, c
   const Config& c = s.config();
   const size_t t = s.tokens, d = c.width;
   if (x_next != x) copy_floats(*s.pool, x, t * d, x_next);
-  if (part.post_norm.empty() && part.bias.empty() && c.residual_scale == 1) {
+  const bool dora = s.is_dora(layer, part.projection);
+  if (part.post_norm.empty() && part.bias.empty() && c.residual_scale == 1 && !dora) {
     project(s, layer, part.projection, input, part.u, 0, x_next, d, true);
     return;
   }
   float* sub = s.scratch.sub;
   project(s, layer, part.projection, input, part.u, 0, sub, d);
   add_bias(*s.pool, part.bias, t, sub);
+  if (dora || !part.post_norm.empty()) store(*s.pool, sub, t * d, part.sub);
   if (!part.post_norm.empty()) {
     // The norm reads what the backward pass will read, rounded in bf16.
-    store(*s.pool, sub, t * d, part.sub);
     load(*s.pool, part.sub, t * d, sub);
     rms_norm_rows(*s.pool, sub, d, t, d, part.post_norm.data(), c.norm_eps, sub, d, part.rms_post);
   }
@@ -141,7 +143,7 @@ void forward_layer(LoraTraining::State& s, size_t layer, const Kept& k, float* x
   store(*s.pool, wide, t * f, k.up);
   make_hidden(s, k);
   shrink(s, layer, 3, k.hidden, k.u[3]);
-  if (x_next == nullptr && w.ffn_post_norm.empty()) return;
+  if (x_next == nullptr && w.ffn_post_norm.empty() && !s.is_dora(layer, Projection::down)) return;
   static const Vector kNoBias;
   add_sub_layer(s, layer,
                 {Projection::down, kNoBias, w.ffn_post_norm, k.u[3], k.ffn_sub, k.rms_ffn_post},

@@ -93,7 +93,7 @@ std::string module_name(size_t layer, Projection projection) {
 // What of adapter_config.json changes the computation.
 struct PeftConfig {
   double alpha = 8;
-  bool rank_stabilised = false;
+  bool rank_stabilised = false, dora = false;
   std::vector<std::pair<Regex, double>> alpha_pattern;  // of module names; the first match counts
 };
 
@@ -110,7 +110,7 @@ PeftConfig read_config(const std::filesystem::path& file) {
   if (j.value("peft_type", "LORA") != "LORA")
     refuse_config(file, "peft_type", "is " + j["peft_type"].dump());
   for (const char* key :
-       {"use_dora", "use_qalora", "modules_to_save", "fan_in_fan_out", "lora_bias",
+       {"use_qalora", "modules_to_save", "fan_in_fan_out", "lora_bias",
         "target_parameters", "trainable_token_indices", "layer_replication"})
     if (truthy(key)) refuse_config(file, key, "is set, which moru does not compute");
   if (const auto bias = j.find("bias"); bias != j.end() && *bias != "none")
@@ -123,6 +123,7 @@ PeftConfig read_config(const std::filesystem::path& file) {
     config.alpha = alpha->get<double>();
   }
   config.rank_stabilised = truthy("use_rslora");
+  config.dora = truthy("use_dora");
   if (const auto pattern = j.find("alpha_pattern"); pattern != j.end() && pattern->is_object()) {
     for (const auto& [key, value] : pattern->items()) {
       if (!value.is_number())
@@ -182,6 +183,7 @@ std::vector<Projection> parse_target_modules(std::string_view text) {
 Lora make_lora(const Config& config, const AdapterOptions& options, uint64_t seed) {
   Lora lora;
   lora.rank_stabilised = options.rank_stabilised;
+  lora.dora = options.dora;
   lora.layers.resize(config.layers);
   const std::vector<Projection> targets =
       options.targets.empty() ? parse_target_modules("all-linear") : options.targets;
@@ -208,13 +210,13 @@ Lora read_peft_adapter(const std::filesystem::path& folder, const Config& config
   const PeftConfig peft = read_config(config_file);
   const SafetensorsFolder files(folder, "adapter_model");
 
-  struct Half {
-    const Tensor* a = nullptr;
-    const Tensor* b = nullptr;
+  struct Parts {
+    const Tensor *a = nullptr, *b = nullptr, *magnitude = nullptr;
   };
-  std::vector<std::array<Half, kProjections>> halves(config.layers);
+  std::vector<std::array<Parts, kProjections>> parts(config.layers);
   Lora lora;
   lora.rank_stabilised = peft.rank_stabilised;
+  lora.dora = peft.dora;
   lora.layers.resize(config.layers);
   const auto refuse = [&](const Tensor& tensor, std::string what) {
     throw Error(ErrorKind::bad_input,
@@ -223,19 +225,25 @@ Lora read_peft_adapter(const std::filesystem::path& folder, const Config& config
                  .cure = "use the adapter with the model that it was trained on"});
   };
   for (const Tensor* tensor : files.tensors()) {
-    constexpr std::string_view kA = ".lora_A.weight", kB = ".lora_B.weight";
+    constexpr std::pair<std::string_view, const Tensor* Parts::*> kSuffixes[] = {
+        {".lora_A.weight", &Parts::a},
+        {".lora_B.weight", &Parts::b},
+        {".lora_magnitude_vector", &Parts::magnitude}};
     const std::string_view name = tensor->name;
-    const bool is_a = name.ends_with(kA);
-    if (!is_a && !name.ends_with(kB)) refuse(*tensor, "is not a LoRA matrix of a linear layer");
-    const auto place = place_of_module(name.substr(0, name.size() - kA.size()));
+    const auto found = std::find_if(std::begin(kSuffixes), std::end(kSuffixes),
+                                    [&](const auto& s) { return name.ends_with(s.first); });
+    if (found == std::end(kSuffixes)) refuse(*tensor, "is not a LoRA matrix of a linear layer");
+    const auto& [suffix, part] = *found;
+    const auto place = place_of_module(name.substr(0, name.size() - suffix.size()));
     if (!place || place->layer >= config.layers ||
         (config.experts.count != 0 && place->projection >= Projection::gate))
       refuse(*tensor, "the model has no such linear layer");
-    if (tensor->shape.size() != 2 || !is_float(tensor->type))
-      refuse(*tensor, "is not a matrix of floats");
-    Half& half = halves[place->layer][static_cast<size_t>(place->projection)];
-    (is_a ? half.a : half.b) = tensor;
-    if (!is_a) continue;
+    const bool vector = part == &Parts::magnitude;
+    if (vector && !peft.dora) refuse(*tensor, "is DoRA's, and use_dora is not set");
+    if (tensor->shape.size() != (vector ? 1 : 2) || !is_float(tensor->type))
+      refuse(*tensor, vector ? "is not a vector of floats" : "is not a matrix of floats");
+    parts[place->layer][static_cast<size_t>(place->projection)].*part = tensor;
+    if (part != &Parts::a) continue;
     LoraPair& pair = lora.layers[place->layer][static_cast<size_t>(place->projection)];
     pair.rank = tensor->shape[0];
     pair.alpha = static_cast<float>(alpha_of(peft, module_name(place->layer, place->projection)));
@@ -243,10 +251,14 @@ Lora read_peft_adapter(const std::filesystem::path& folder, const Config& config
   lay_out(lora, config);
   for (size_t l = 0; l < config.layers; ++l) {
     for (size_t p = 0; p < kProjections; ++p) {
-      const auto [a, b] = halves[l][p];
-      if (a == nullptr && b == nullptr) continue;
-      if (a == nullptr || b == nullptr) refuse(a == nullptr ? *b : *a, "its other half is missing");
+      const auto [a, b, magnitude] = parts[l][p];
+      if (a == nullptr && b == nullptr && magnitude == nullptr) continue;
+      if (a == nullptr || b == nullptr)
+        refuse(a != nullptr ? *a : b != nullptr ? *b : *magnitude, "its other half is missing");
       const LoraPair& pair = lora.layers[l][p];
+      if (peft.dora && magnitude == nullptr) refuse(*a, "its lora_magnitude_vector is missing");
+      if (peft.dora && magnitude->shape[0] != pair.out)
+        refuse(*magnitude, fmt::format("is [{}], not [{}]", magnitude->shape[0], pair.out));
       if (a->shape != std::vector{pair.rank, pair.in})
         refuse(*a, fmt::format("is {} wide, the model {}", a->shape[1], pair.in));
       if (b->shape != std::vector{pair.out, pair.rank})
@@ -254,6 +266,7 @@ Lora read_peft_adapter(const std::filesystem::path& folder, const Config& config
                                pair.rank));
       copy_values(*a, lora.a(pair));
       copy_values(*b, lora.b(pair));
+      if (peft.dora) copy_values(*magnitude, lora.magnitude(pair));
     }
   }
   return lora;
@@ -287,6 +300,11 @@ void write_peft_adapter(const std::filesystem::path& folder, const Lora& lora,
                          DType::f32,
                          {pair.out, pair.rank},
                          std::as_bytes(lora.b(pair))});
+      if (lora.is_dora(pair))
+        tensors.push_back({prefix + ".lora_magnitude_vector",
+                           DType::f32,
+                           {pair.out},
+                           std::as_bytes(lora.magnitude(pair))});
     }
   }
   MORU_CHECK(first != nullptr);
@@ -305,6 +323,7 @@ void write_peft_adapter(const std::filesystem::path& folder, const Lora& lora,
   for (size_t p = 0; p < kProjections; ++p)
     if (adapted[p]) j["target_modules"].push_back(traits(static_cast<Projection>(p)).name);
   if (layers.size() != lora.layers.size()) j["layers_to_transform"] = layers;
+  if (lora.dora) j["use_dora"] = true;
   write_safetensors(folder / kWeightsName, tensors, {{"format", "pt"}});
   write_file(folder / kConfigName, j.dump(2) + "\n");
 }
@@ -338,7 +357,7 @@ StoredPlaces places_of_tensor(const Tensor& tensor, const Config& c) {
   return places;
 }
 
-// w [out, in] += s · B·A, its rows in the file's order.
+// w [out, in] += s · B·A, its rows in the file's order; DoRA then gives each row its length.
 void add_product(const Lora& lora, const LoraPair& pair, bool turned, size_t head_dim, float* w) {
   const std::span<const float> a = lora.a(pair), b = lora.b(pair);
   for (size_t row = 0; row < pair.out; ++row) {
@@ -348,6 +367,13 @@ void add_product(const Lora& lora, const LoraPair& pair, bool turned, size_t hea
       const float* line = a.data() + i * pair.in;
       for (size_t j = 0; j < pair.in; ++j) w[row * pair.in + j] += factor * line[j];
     }
+    if (!lora.is_dora(pair)) continue;
+    const std::span<float> sum(w + row * pair.in, pair.in);
+    double squares = 0;
+    for (const float x : sum) squares += double{x} * double{x};
+    const double length = double{lora.magnitude(pair)[from]};
+    const auto stretch = static_cast<float>(squares > 0 ? length / std::sqrt(squares) : 0);
+    for (float& x : sum) x *= stretch;
   }
 }
 
@@ -645,6 +671,7 @@ void write_gguf_adapter(const std::filesystem::path& path, const ModelFiles& fil
                 {.where = path.string(), .what = what, .cure = "merge the adapter into the model"});
   };
   if (!lora.whole.empty()) refuse("an adapter file cannot hold weights that were learnt whole");
+  if (lora.dora) refuse("an adapter file cannot hold DoRA's magnitudes");
   for (const Tensor& tensor : files.tensors)
     if (places_of_tensor(tensor, files.config).projections.size() > 1)
       refuse(

@@ -2,7 +2,7 @@
 //
 // PEFT: adapter_config.json beside adapter_model.safetensors, whose tensors are named
 // base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight [r, in] and lora_B.weight [out,
-// r].
+// r], and of DoRA lora_magnitude_vector [out].
 #pragma once
 #include <cstdint>
 #include <filesystem>
@@ -19,6 +19,7 @@ struct AdapterOptions {
   size_t rank = 16;
   float alpha = 32;
   bool rank_stabilised = false;     // PEFT's use_rslora
+  bool dora = false;                // PEFT's use_dora
   std::vector<Projection> targets;  // empty: all seven
 };
 
@@ -26,18 +27,18 @@ struct AdapterOptions {
 std::vector<Projection> parse_target_modules(std::string_view text);
 
 // A new adapter: A uniform within ±1/√in (Kaiming, a = √5), another stream of the seed for each
-// tensor; B = 0, so that it changes nothing yet.
+// tensor; B = 0, so that it changes nothing yet (DoRA's magnitudes: take_magnitudes).
 Lora make_lora(const Config& config, const AdapterOptions& options, uint64_t seed);
 
 // Reads a PEFT folder for a model of this shape. Errors: not_found; bad_input (a tensor that does
-// not fit the model, half a pair); unsupported (DoRA, trained biases or whole modules).
+// not fit the model, half a pair); unsupported (trained biases or whole modules).
 Lora read_peft_adapter(const std::filesystem::path& folder, const Config& config);
 // `base_model`: what adapter_config.json names as the base. Errors: io, no_space.
 void write_peft_adapter(const std::filesystem::path& folder, const Lora& lora,
                         const std::string& base_model);
 
-// One tensor of `files` as f32, W + s·B·A where the adapter has a pair for it, rows in the file's
-// own order. out: [count of the tensor].
+// One tensor of `files` as f32, W + s·B·A where the adapter has a pair for it (its rows of length m
+// where that is DoRA's), rows in the file's own order. out: [count of the tensor].
 void merged_values(const ModelFiles& files, const Lora& lora, const Tensor& tensor,
                    std::span<float> out);
 

@@ -81,6 +81,10 @@ std::vector<ParameterGroup> parameter_groups(const Lora& lora, const LearntOptio
     for (const LoraPair& p : layer) add(p.a, p.rank * p.in, 1, true);
     for (const LoraPair& p : layer) add(p.b, p.rank * p.out, options.lora_plus_ratio, true);
   }
+  // PEFT counts vectors among the fast ones.
+  for (const LoraLayer& layer : lora.layers)
+    for (const LoraPair& p : layer)
+      add(p.magnitude, lora.magnitude(p).size(), options.lora_plus_ratio, true);
   for (const WholeWeight& w : lora.whole) add(w.at, w.count(), 1, w.rows > 1);
   return groups;
 }

@@ -72,7 +72,7 @@ std::string fingerprint_of(const TuneOptions& o) {
       {"max_length", o.rows.max_length},
       {"truncation", static_cast<int>(o.rows.truncation)},
       {"last_turn_only", o.rows.last_turn_only},
-      {"lora", {o.lora.rank, o.lora.alpha, o.lora.rank_stabilised}},
+      {"lora", {o.lora.rank, o.lora.alpha, o.lora.rank_stabilised, o.lora.dora}},
       {"targets", ordered_json::array()},
       {"adamw", {o.adamw.beta1, o.adamw.beta2, o.adamw.eps, o.adamw.weight_decay}},
       {"lr", {o.lr, name_of(o.schedule), o.min_lr_ratio, o.warmup_ratio, o.max_grad_norm}},
@@ -336,6 +336,7 @@ class Run {
             : o_.adapter.empty() ? make_lora(model_->config, o_.lora, o_.seed)
                                  : read_peft_adapter(o_.adapter, model_->config);
     lora_.layers.resize(model_->config.layers);
+    if (o_.adapter.empty()) take_magnitudes(pool_, *model_, lora_);
     if (o_.learnt.full || !o_.learnt.modules_to_save.empty())
       add_whole(pool_, *model_, o_.learnt, type(), lora_);
   }

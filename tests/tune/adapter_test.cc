@@ -261,7 +261,7 @@ TEST_CASE("adapters that moru does not compute, or of another model, are refused
   };
   CHECK(refusal(kGolden / "gemma3" / "start").kind() == ErrorKind::bad_input);
   CHECK(refusal(kGolden / "none").kind() == ErrorKind::not_found);
-  const std::pair<const char*, const char*> changes[] = {{"use_dora", "true"},
+  const std::pair<const char*, const char*> changes[] = {{"use_qalora", "true"},
                                                          {"bias", "\"all\""},
                                                          {"modules_to_save", "[\"lm_head\"]"},
                                                          {"peft_type", "\"IA3\""}};

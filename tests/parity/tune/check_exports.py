@@ -7,6 +7,7 @@ A random rank-stabilised adapter of SmolLM2-135M-Instruct goes through moru into
   hf             merged, from the GGUF base: transformers' logits equal PEFT's on the same weights,
                  the tokenizer's ids equal the original's
   gguf-adapter   llama-completion --lora on the GGUF base answers as on moru's merged GGUF
+and a DoRA adapter through peft and hf likewise.
 """
 import json
 import pathlib
@@ -69,6 +70,25 @@ def main(moru, peers):
             == tokenizer.apply_chat_template(chat, add_generation_prompt=True))
     print("hf: tokens and chat template are equal; generation_config",
           json.loads((work / "hf/generation_config.json").read_text()))
+
+    dora = get_peft_model(load(hf), LoraConfig(r=4, lora_alpha=8, use_dora=True,
+                                               target_modules="all-linear"))
+    with torch.no_grad():
+        for name, value in dora.named_parameters():
+            if "lora_magnitude" in name:
+                value.mul_(1 + 0.1 * torch.randn_like(value))
+            elif "lora_" in name:
+                value.normal_(0, 0.03)
+    dora.save_pretrained(work / "dora")
+    expected_dora = logits(dora, ids)
+    print(f"DoRA changes logits by up to {(expected_dora - base).abs().max():.3f}")
+    for to, more in (("peft", ()), ("hf", ("--type", "f32"))):
+        out = work / ("dora-" + to)
+        subprocess.run([moru, "adapter", gguf, work / "dora", "-o", out, "--to", to, *more],
+                       check=True, stdout=subprocess.DEVNULL)
+        model = PeftModel.from_pretrained(load(hf), out) if to == "peft" else load(out)
+        difference = (logits(model, ids) - expected_dora).abs().max()
+        print(f"DoRA {to}: max difference of logits {difference:.2e}")
 
     run("gguf-adapter", "adapter.gguf")
     run("gguf", "merged.gguf", "--type", "f32")
