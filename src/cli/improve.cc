@@ -16,6 +16,7 @@ constexpr int kRefused = 1;  // the exit code
 struct ImproveFlags {
   ImproveOptions options;
   std::string model, out = "improved", filter = "all", target_modules = "all-linear";
+  std::string loss_type = "sigmoid";
   std::vector<std::string> questions, evaluation, gate_questions, methods = {"sft"};
   double tolerance_points = 1;
   bool json = false;
@@ -32,6 +33,7 @@ ImproveOptions options_of(const ImproveFlags& flags) {
   o.pairs.rows.system = o.pairs.style.system;
   o.gate.tolerance = flags.tolerance_points / 100;
   o.gate.limits = o.pairs.sampling.limits;
+  o.tune.preference.loss = parse_preference_loss(flags.loss_type);
   o.tune.lora.targets = parse_target_modules(flags.target_modules);
   o.methods.clear();
   for (const std::string& name : flags.methods) o.methods.push_back(improve_method_named(name));
@@ -48,8 +50,8 @@ void run_improve(const ImproveFlags& flags) {
     fmt::print("{}", table_of(report));
   if (report.accepted == 0) {
     fmt::print(stderr,
-               "moru: the gate refused all {} iterations (tune with a lower --lr or fewer "
-               "--epochs)\n",
+               "moru: the gate refused all {} iterations (tune with a lower --lr or --dpo-lr or "
+               "fewer --epochs)\n",
                report.iterations.size());
     throw CLI::RuntimeError(kRefused);
   }
@@ -62,6 +64,7 @@ void add_improve(CLI::App& app) {
   auto flags = std::make_shared<ImproveFlags>();
   ImproveOptions& o = flags->options;
   o.tune.epochs = 1;
+  o.tune.preference.anchor = 1;
   o.pairs.sampling.limits.max_tokens = 128;
   CLI::App* cmd = app.add_subcommand(
       "improve", "Sample, make pairs, tune, gate, repeat: learn from own checked answers");
@@ -73,7 +76,10 @@ void add_improve(CLI::App& app) {
   cmd->add_option("--iterations", o.iterations, "")
       ->check(CLI::Range(1, 100))
       ->capture_default_str();
-  cmd->add_option("--method", flags->methods, "how each iteration learns; the last one stays: sft")
+  cmd->add_option(
+         "--method", flags->methods,
+         "how each iteration learns, the last one all after it: sft (right answers) or dpo "
+         "(pairs)")
       ->delimiter(',')
       ->capture_default_str();
   cmd->add_option("--served-type", o.served_type, "type of the tuned models that answer")
@@ -91,6 +97,8 @@ void add_improve(CLI::App& app) {
   cmd->add_option("--top-p", o.pairs.sampling.top_p, "")->capture_default_str();
   cmd->add_option("--max-tokens", o.pairs.sampling.limits.max_tokens, "longest answer")
       ->capture_default_str();
+  cmd->add_option("--stop", o.pairs.sampling.limits.stop,
+                  "an answer ends before this text; several");
   cmd->add_option("--seed", o.pairs.sampling.seed, "")->capture_default_str();
   cmd->add_option("--rejected-filter", flags->filter,
                   "wrong answers to keep: all, logp-below-mean or logp-above-mean")
@@ -113,7 +121,18 @@ void add_improve(CLI::App& app) {
       ->check(CLI::Range(0.0, 0.9))
       ->capture_default_str();
 
-  cmd->add_option("--lr,--learning-rate", o.tune.lr, "peak learning rate")->capture_default_str();
+  cmd->add_option("--lr,--learning-rate", o.tune.lr, "peak learning rate of sft")
+      ->capture_default_str();
+  cmd->add_option("--dpo-lr", o.dpo_lr, "peak learning rate of dpo")->capture_default_str();
+  cmd->add_option("--beta,--pref-beta", o.tune.preference.beta, "dpo: strength of the reference")
+      ->capture_default_str();
+  cmd->add_option("--rpo-alpha,--cpo-alpha,--pref-ftx", o.tune.preference.anchor,
+                  "dpo: weight of the chosen answers' own loss, which keeps them likely")
+      ->capture_default_str();
+  cmd->add_option("--loss-type", flags->loss_type,
+                  "dpo: sigmoid, hinge, ipo, robust, sigmoid_norm, dpop, sppo_hard, apo_zero, "
+                  "apo_down, simpo, orpo")
+      ->capture_default_str();
   cmd->add_option("--epochs,--num-train-epochs", o.tune.epochs)->capture_default_str();
   cmd->add_option("--max-steps", o.tune.max_steps, "instead of epochs");
   cmd->add_option("--batch-size", o.tune.batch_size, "examples a step")->capture_default_str();

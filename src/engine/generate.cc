@@ -194,7 +194,10 @@ struct Generator::State {
         // Beginnings of no use alone may lie under blocks of `a`.
         const auto oldest = std::find_if(requests.begin(), requests.end(),
                                          [](const Active& other) { return other.admitted; });
-        if (&*oldest != &a || tree.empty()) return false;
+        if (&*oldest != &a) return false;
+        // submit() takes no request that does not fit alone: were the tree empty, pages would be
+        // another generator's, and waiting for them endless.
+        MORU_CHECK(!tree.empty());
         tree.clear();
         continue;
       }

@@ -22,7 +22,7 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
-constexpr std::array<const char*, 1> kMethodNames = {"sft"};
+constexpr std::array<const char*, 2> kMethodNames = {"sft", "dpo"};
 constexpr size_t kLongestSequence = 8192;  // a question with its answer
 
 // The model that an iteration starts from: the file that answers, the file that is tuned, and what
@@ -175,24 +175,43 @@ struct Improve {
     it.pairs_seconds = stage.seconds;
   }
 
-  void tune_on_pairs(Iteration& it, const fs::path& folder) {
+  // The rows that a method learns, and how.
+  TuneOptions tuning_of(const Iteration& it, const fs::path& folder) const {
     TuneOptions tuning = options.tune;
     tuning.model = last.trained;
     tuning.data.resize(1);
-    tuning.data[0].path = options.out / folder / "pairs.right.jsonl";
+    switch (it.method) {
+      case ImproveMethod::sft:
+        tuning.method = Method::sft;
+        tuning.data[0].path = options.out / folder / "pairs.right.jsonl";
+        break;
+      case ImproveMethod::dpo:
+        tuning.method = Method::dpo;
+        tuning.lr = options.dpo_lr;
+        tuning.data[0].path = options.out / folder / "pairs.jsonl";
+        break;
+    }
     tuning.out = options.out / folder / "tuning";
     tuning.rows.plain_template = options.pairs.style.plain_template;
     tuning.threads = pool.size();
-    const Json inputs = {{"method", name_of(it.method)},
-                         {"lora_r", tuning.lora.rank},
-                         {"lora_alpha", tuning.lora.alpha},
-                         {"lr", tuning.lr},
-                         {"epochs", tuning.epochs},
-                         {"max_steps", tuning.max_steps},
-                         {"batch_size", tuning.batch_size},
-                         {"max_length", tuning.rows.max_length},
-                         {"val_fraction", tuning.val_fraction},
-                         {"seed", tuning.seed}};
+    return tuning;
+  }
+
+  void tune_on_pairs(Iteration& it, const fs::path& folder) {
+    TuneOptions tuning = tuning_of(it, folder);
+    Json inputs = {{"method", name_of(it.method)},
+                   {"lora_r", tuning.lora.rank},
+                   {"lora_alpha", tuning.lora.alpha},
+                   {"lr", tuning.lr},
+                   {"epochs", tuning.epochs},
+                   {"max_steps", tuning.max_steps},
+                   {"batch_size", tuning.batch_size},
+                   {"max_length", tuning.rows.max_length},
+                   {"val_fraction", tuning.val_fraction},
+                   {"seed", tuning.seed}};
+    if (it.method == ImproveMethod::dpo)
+      inputs["preference"] = {name_of(tuning.preference.loss), tuning.preference.beta,
+                              tuning.preference.label_smoothing, tuning.preference.anchor};
     note(fmt::format("iteration {}: tuning ({})", it.number, name_of(it.method)));
     const Journal::Stage stage = journal.run("tune", inputs, [&](const fs::path& scratch) {
       // A run of other settings in this folder is not gone on with.

@@ -24,6 +24,8 @@ namespace moru {
 
 enum class ImproveMethod {
   sft,  // learn a right answer to each prompt (pairs.right.jsonl)
+  dpo,  // learn to prefer right answers to wrong ones (pairs.jsonl); the reference is the model
+        // that the iteration starts from
 };
 const char* name_of(ImproveMethod method);
 // Error usage, listing the names.
@@ -32,7 +34,8 @@ ImproveMethod improve_method_named(std::string_view name);
 struct ImproveOptions {
   std::filesystem::path model, out;
   PairsJob pairs;    // its `out` is set here
-  TuneOptions tune;  // its model, data, out and template are set here
+  TuneOptions tune;  // its model, data, method, out and template are set here; lr is sft's
+  double dpo_lr = 2e-5;
   // Of each iteration; the last one stands for all after it. Not empty.
   std::vector<ImproveMethod> methods = {ImproveMethod::sft};
   size_t iterations = 2;

@@ -240,24 +240,28 @@ GateMeasures measure_for_gate(const std::vector<QuestionSet>& questions, std::st
                               const std::function<void(const ProveProgress&)>& progress) {
   const Stopwatch watch;
   const std::vector<std::vector<TokenId>> passages = passages_of(files, options);
-  const Answerer answerer = make_answerer(name, model_sha256, engine, files, style);
   ProveOptions asking{.limits = options.limits, .replace_other = true, .progress = progress};
   const auto kept_as = [&](const std::string& word) {
     return kept.empty() ? kept : kept / (word + ".jsonl");
   };
   GateMeasures measures{.name = std::move(name), .model_sha256 = std::move(model_sha256)};
-  for (const QuestionSet& set : questions) {
-    asking.results = kept_as(fmt::format("questions-{}", measures.scores.size() + 1));
-    measures.scores.push_back(prove(set, answerer, asking));
+  // One answerer at a time: each keeps the engine's cache full of what it has read.
+  const auto asked_in = [&](const PromptStyle& s) {
+    return make_answerer(measures.name, measures.model_sha256, engine, files, s);
+  };
+  {
+    const Answerer answerer = asked_in(style);
+    for (const QuestionSet& set : questions) {
+      asking.results = kept_as(fmt::format("questions-{}", measures.scores.size() + 1));
+      measures.scores.push_back(prove(set, answerer, asking));
+    }
   }
   asking.results = kept_as("instructions");
   asking.limits = {.max_tokens = options.instruction_tokens};
   // Instructions are the same for every model: a system message of the task is no part of them.
   PromptStyle plain = style;
   plain.system.clear();
-  measures.instructions =
-      prove(instruction_questions(),
-            make_answerer(measures.name, measures.model_sha256, engine, files, plain), asking);
+  measures.instructions = prove(instruction_questions(), asked_in(plain), asking);
   measures.losses = losses_on(passages, engine);
   measures.seconds = watch.seconds();
   return measures;

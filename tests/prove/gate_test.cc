@@ -182,3 +182,24 @@ TEST_CASE("a model measured twice passes its own gate; a spoilt one does not") {
   for (double& loss : spoilt.losses) loss += 1;
   CHECK_FALSE(judge_gate(first, spoilt, questions, options).accepted);
 }
+
+TEST_CASE("questions that fill the cache leave room for the instructions after them") {
+  const TempDir folder;
+  const std::filesystem::path path = folder.path() / "tiny.gguf";
+  write_tiny_model(path);
+  const ModelFiles files = open_model(path);
+  Pool pool(2);
+  std::string rows;
+  for (int i = 0; i < 24; ++i)
+    rows += fmt::format("{{\"prompt\": \"{} {}\", \"answer\": \"b\"}}\n", i,
+                        std::string(150, static_cast<char>('a' + i)));
+  const std::vector<QuestionSet> questions = {read_questions(folder.file("q.jsonl", rows))};
+  const Model model = load_model(pool, files, {.context = 1024});
+  Engine engine(pool, model, {.cache_tokens = 1536});
+  const GateOptions options{.limits = {.max_tokens = 8}, .instruction_tokens = 4};
+  const GateMeasures measured =
+      measure_for_gate(questions, "tiny", "hash", engine, files, {}, options);
+  CHECK(measured.scores[0].items.size() == 24);
+  CHECK(measured.instructions.items.size() == 48);
+  CHECK(engine.cache().free_pages() == engine.cache().total_pages());
+}
