@@ -19,10 +19,13 @@ namespace {
 
 using dnnl::memory;
 
-// The grid: tiles of the output that one call computes. Constants of the shape, never of the pool.
-// 512 rows amortise the packing of the weights inside a call; 192 columns of them stay in L2.
+// The grid: tiles of the output that one call computes, about equal ones. They follow from the
+// shape, never from the pool. 512 rows amortise the packing of the weights inside a call; 192
+// columns of them stay in L2.
 constexpr size_t kTileRows = 512;
 constexpr size_t kTileCols = 192;
+// Fewer tiles than this are halved: two threads must not wait for the third of three.
+constexpr size_t kFewTiles = 12;
 // Rows of a tile where several products share a phase.
 constexpr size_t kSharedTileRows = 256;
 
@@ -130,26 +133,46 @@ struct Operand {
   }
 };
 
-// y [m, n] = a [m, k] · b [k, n], as tiles of at most `tile_rows` rows.
+size_t divide_up(size_t n, size_t by) { return (n + by - 1) / by; }
+// The size of equal parts of n, none above `most`, of whole vectors.
+size_t part_of(size_t n, size_t most) {
+  constexpr size_t kLanes = 16;
+  return divide_up(divide_up(n, divide_up(n, most)), kLanes) * kLanes;
+}
+
+// y [m, n] = a [m, k] · b [k, n], as tiles of at most `most_rows` rows.
 struct Grid {
   Operand a, b;
   size_t m, n, k;
   DenseTarget y;
-  size_t tile_rows;
+  size_t tile_rows, tile_cols;
 
-  size_t row_tiles() const { return (m + tile_rows - 1) / tile_rows; }
-  size_t tiles() const { return row_tiles() * ((n + kTileCols - 1) / kTileCols); }
+  Grid(const Operand& a_, const Operand& b_, size_t m_, size_t n_, size_t k_, const DenseTarget& y_,
+       size_t most_rows)
+      : a(a_),
+        b(b_),
+        m(m_),
+        n(n_),
+        k(k_),
+        y(y_),
+        tile_rows(part_of(m, most_rows)),
+        tile_cols(part_of(n, kTileCols)) {
+    for (; tiles() < kFewTiles && tile_rows > 64; tile_rows = part_of(m, tile_rows / 2)) {
+    }
+  }
+  size_t row_tiles() const { return divide_up(m, tile_rows); }
+  size_t tiles() const { return row_tiles() * divide_up(n, tile_cols); }
   void check() const {
     MORU_CHECK(a.type == b.type);
     MORU_CHECK(!y.accumulate || (y.type == DType::f32 && y.scale == 1));
   }
   void run(size_t tile) const {
     // Neighbouring items share the weights' stripe, which stays in the cache.
-    const size_t row = tile % row_tiles() * tile_rows, col = tile / row_tiles() * kTileCols;
+    const size_t row = tile % row_tiles() * tile_rows, col = tile / row_tiles() * tile_cols;
     const Shape shape{.in = a.type,
                       .out = y.type,
                       .m = std::min(tile_rows, m - row),
-                      .n = std::min(kTileCols, n - col),
+                      .n = std::min(tile_cols, n - col),
                       .k = k,
                       .src = {a.row_stride, a.col_stride},
                       .weights = {b.row_stride, b.col_stride},
@@ -163,9 +186,9 @@ struct Grid {
 
 void multiply(Pool& pool, const Operand& a, const Operand& b, size_t m, size_t n, size_t k,
               const DenseTarget& y) {
-  const Grid grid{a, b, m, n, k, y, kTileRows};
-  grid.check();
   if (m == 0 || n == 0) return;
+  const Grid grid(a, b, m, n, k, y, kTileRows);
+  grid.check();
   pool.each(grid.tiles(), [&](size_t tile) { grid.run(tile); });
 }
 
@@ -182,7 +205,7 @@ void matmul_nt(Pool& pool, const DenseView& x, const DenseView& w, const DenseTa
 void matmul_nt(Pool& pool, const DenseView& x, std::span<const DenseProduct> products) {
   if (x.rows == 0) return;
   const auto grid_of = [&](const DenseProduct& p) {
-    return Grid{plain(x), transposed(p.w), x.rows, p.w.rows, x.cols, p.y, kSharedTileRows};
+    return Grid(plain(x), transposed(p.w), x.rows, p.w.rows, x.cols, p.y, kSharedTileRows);
   };
   size_t tiles = 0;
   for (const DenseProduct& p : products) {

@@ -84,7 +84,7 @@ struct FloatKernels {
                              size_t n, uint16_t* d_gate, uint16_t* d_up);
   void (*add_scaled)(const float* x, size_t n, float scale, float* y);  // y += scale · x
   void (*scale)(const float* x, size_t n, float factor, float* y);      // y = factor · x + 0
-  void (*round_to_bf16)(const float* x, size_t n, uint16_t* y);
+  void (*round_to_bf16)(const float* x, size_t n, uint16_t* y);  // y may begin where x does
   void (*widen_bf16)(const uint16_t* x, size_t n, float* y);
   void (*softcap)(float* x, size_t n, float cap);
   float (*dot)(const float* x, const float* y, size_t n);

@@ -99,7 +99,7 @@ struct Scratch {
   Rows head_n;                // [C, d]
   float* logits = nullptr;    // [C, vocab]
   float* capped = nullptr;    // [C, vocab] where logits are capped
-  Rows d_logits;              // [C, vocab]; in f32 the logits themselves
+  Rows d_logits;              // [C, vocab], where the logits stand
   float* head_dn = nullptr;   // [C, d]
 };
 
