@@ -20,8 +20,8 @@ struct Ended {
 
 class Program {
  public:
-  // MORU_PROGRAM with these words.
-  explicit Program(const std::vector<std::string>& words) {
+  // MORU_PROGRAM, or another program that is found as a shell finds it, with these words.
+  explicit Program(const std::vector<std::string>& words, const char* program = MORU_PROGRAM) {
     std::array<int, 2> ends{};
     if (::pipe2(ends.data(), O_CLOEXEC) != 0) std::abort();
     pid_ = ::fork();
@@ -29,12 +29,12 @@ class Program {
       ::dup2(ends[1], STDOUT_FILENO);
       ::dup2(ends[1], STDERR_FILENO);
       std::vector<char*> arguments;
-      std::string name = MORU_PROGRAM;
+      std::string name = program;
       arguments.push_back(name.data());
       std::vector<std::string> copies = words;
       for (std::string& word : copies) arguments.push_back(word.data());
       arguments.push_back(nullptr);
-      ::execv(MORU_PROGRAM, arguments.data());
+      ::execvp(program, arguments.data());
       ::_exit(127);
     }
     ::close(ends[1]);

@@ -146,12 +146,17 @@ void write_report(const std::filesystem::path& folder) {
 void run_tune(const TuneFlags& flags) {
   const TuneOptions o = options_of(flags);
   if (flags.check != 0) return print_check(o, flags.check);
+  const std::unique_ptr<Ranks> ranks = join_ranks();
   const bool live = ::isatty(STDERR_FILENO) != 0;
-  const TuneResult r = tune(o, [&](const TuneEvent& event) {
+  const auto print = [&](const TuneEvent& event) {
     print_event(event, live, terminal_width(STDERR_FILENO));
     // The page grows with every validation; whoever watches reloads it.
     if (event.kind == TuneEvent::Kind::validation) write_report(o.out);
-  });
+  };
+  TuneResult r;
+  const int code = ranks->run([&] { r = tune(o, print, *ranks); }, tune_is_asked_to_stop);
+  if (code != 0) throw CLI::RuntimeError(code);
+  if (!ranks->leads()) return;
   if (live) fmt::print(stderr, "\r\033[K");
   write_report(o.out);
 
@@ -191,6 +196,9 @@ void add_tune(CLI::App& app) {
   auto flags = std::make_shared<TuneFlags>();  // shared with the callback
   TuneOptions& o = flags->options;
   CLI::App* cmd = app.add_subcommand("tune", "Fine-tune a model on your data");
+  cmd->footer(
+      "In several processes, on one machine or more: mpirun --bind-to none -n 4 moru tune ...\n"
+      "Their number changes speed, not results.");
   // First of all options: what they set, the others may set again.
   cmd->add_option_function<std::string>(
       "--preset", [&o](const std::string& name) { apply_preset(name, o); },

@@ -127,4 +127,11 @@ std::optional<TrainingRun> read_checkpoint(const std::filesystem::path& path,
   return run;
 }
 
+void share(Ranks& ranks, TrainingRun& run) {
+  for (const auto& [name, field] : kIntegers) share_value(ranks, run.*field);
+  for (const auto& [name, field] : kDoubles) share_value(ranks, run.*field);
+  for (const auto& [name, field] : kVectors)
+    if (field != &TrainingRun::best) share_list(ranks, run.*field);
+}
+
 }  // namespace moru

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "tune/ranks.h"
+
 namespace moru {
 
 struct TrainingRun {
@@ -34,5 +36,8 @@ void write_checkpoint(const std::filesystem::path& path, const std::string& fing
 // nullopt if there is none. Errors: usage for a run of another fingerprint; bad_input.
 std::optional<TrainingRun> read_checkpoint(const std::filesystem::path& path,
                                            const std::string& fingerprint, size_t parameters);
+
+// All ranks stand where rank 0 does; `best` stays its own.
+void share(Ranks& ranks, TrainingRun& run);
 
 }  // namespace moru

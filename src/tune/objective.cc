@@ -7,6 +7,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -22,12 +23,70 @@ namespace {
 
 constexpr std::array<std::string_view, 4> kMethods = {"sft", "text", "dpo", "kto"};
 
-// Deals `rows`, whose lengths are given, to batches: run(indices into `rows`) for each.
-template <typename Length, typename Run>
-void each_batch(size_t rows, Length&& length_of, size_t capacity, Run&& run) {
+// Where batches are computed, and what of.
+struct Dealing {
+  Pool& pool;
+  Ranks& ranks;
+  LoraTraining& training;
+  size_t capacity;     // tokens of a batch at most
+  bool stats = false;  // of logits, too
+};
+
+// The rows of one batch, as indices into those that were dealt, and what they lost.
+struct DealtBatch {
+  std::vector<uint32_t> members;
+  TrainingBatch tokens;
+  TokenLosses losses;
+};
+
+// Deals `rows`, whose lengths are given, to batches, and these to the ranks in rounds.
+// compute(batch) finds a batch's losses, on one rank; take(batch) has them, on all, in order.
+template <typename Length, typename BatchOf, typename Compute, typename Take, typename RoundEnds>
+void each_round(const Dealing& d, size_t rows, Length&& length_of, BatchOf&& batch_of,
+                Compute&& compute, Take&& take, RoundEnds&& round_ends) {
   std::vector<size_t> lengths;
   for (size_t i = 0; i < rows; ++i) lengths.push_back(length_of(i));
-  for (const std::vector<uint32_t>& members : pack(lengths, capacity)) run(members);
+  std::vector<std::vector<uint32_t>> dealt = pack(lengths, d.capacity);
+  for (size_t first = 0; first < dealt.size(); first += d.ranks.size()) {
+    const Round round{first, std::min(d.ranks.size(), dealt.size() - first), dealt.size()};
+    std::vector<DealtBatch> batches(round.count);
+    for (size_t i = 0; i < round.count; ++i) {
+      DealtBatch& b = batches[i];
+      b.members = std::move(dealt[first + i]);
+      b.tokens = batch_of(b.members);
+      b.losses.nll.resize(b.tokens.tokens());
+      if (d.stats) b.losses.stats.resize(b.tokens.tokens());
+      if (i == d.ranks.rank()) compute(b);
+    }
+    for (size_t i = 0; i < round.count; ++i) {
+      d.ranks.share(std::as_writable_bytes(std::span(batches[i].losses.nll)), i);
+      d.ranks.share(std::as_writable_bytes(std::span(batches[i].losses.stats)), i);
+      take(batches[i]);
+    }
+    round_ends(round);
+  }
+}
+
+// The losses alone.
+template <typename Length, typename BatchOf, typename Take>
+void evaluate_batches(const Dealing& d, size_t rows, Length&& length_of, BatchOf&& batch_of,
+                      Take&& take) {
+  each_round(
+      d, rows, length_of, batch_of, [&](DealtBatch& b) { d.training.evaluate(b.tokens, b.losses); },
+      take, [](const Round&) {});
+}
+
+// Also the sum of the gradients that accumulate(batch) makes, in the order of batches.
+template <typename Length, typename BatchOf, typename Accumulate, typename Take>
+void learn_batches(const Dealing& d, size_t rows, Length&& length_of, BatchOf&& batch_of,
+                   Accumulate&& accumulate, Take&& take) {
+  each_round(
+      d, rows, length_of, batch_of,
+      [&](DealtBatch& b) {
+        d.training.clear_gradients();
+        accumulate(b);
+      },
+      take, [&](const Round& round) { d.ranks.add(d.pool, d.training.gradients(), round); });
 }
 
 double logp_of(const PackedDocument& document, std::span<const float> nll) {
@@ -79,7 +138,8 @@ LoadExamples validation_of(const ObjectiveOptions& o) {
 
 class DocumentObjective : public Objective {
  public:
-  DocumentObjective(Pool& pool, const ObjectiveOptions& o, const ModelFiles& files) {
+  DocumentObjective(Pool& pool, Ranks& ranks, const ObjectiveOptions& o, const ModelFiles& files)
+      : Objective(pool, ranks) {
     const auto load = [&](const LoadExamples& request) {
       return o.method == Method::text ? load_text(files, request)
                                       : load_examples(pool, files, request);
@@ -108,32 +168,58 @@ class DocumentObjective : public Objective {
     StepLoss out;
     uint64_t learnt = 0;
     for (size_t i = 0; i < rows.size(); ++i) learnt += example(i).trained_tokens();
-    training.clear_gradients();
     double sum = 0;
-    std::vector<float> nll;
-    each_batch(
-        rows.size(), [&](size_t i) { return example(i).ids.size(); }, capacity,
-        [&](const std::vector<uint32_t>& members) {
-          TrainingBatch batch;
-          for (const uint32_t i : members) batch.append(example(i).ids, example(i).trained);
-          nll.assign(batch.tokens(), 0);
-          sum += training.accumulate(batch, 1 / static_cast<float>(learnt), nll);
-          out.tokens += batch.tokens();
-          for (size_t d = 0; d < members.size() && out.bad_line == 0; ++d)
-            if (!std::isfinite(logp_of(batch.documents[d], nll)))
-              out.bad_line = example(members[d]).line;
+    learn_batches(
+        Dealing{pool_, ranks_, training, capacity}, rows.size(),
+        [&](size_t i) { return example(i).ids.size(); },
+        [&](const std::vector<uint32_t>& members) { return batch_of(members, example); },
+        [&](DealtBatch& b) {
+          training.accumulate(b.tokens, 1 / static_cast<float>(learnt), b.losses.nll);
+        },
+        [&](const DealtBatch& b) {
+          sum += sum_of(b.losses.nll);
+          out.tokens += b.tokens.tokens();
+          for (size_t d = 0; d < b.members.size() && out.bad_line == 0; ++d)
+            if (!std::isfinite(logp_of(b.tokens.documents[d], b.losses.nll)))
+              out.bad_line = example(b.members[d]).line;
         });
     out.loss = sum / static_cast<double>(learnt);
     return out;
   }
 
   StepLoss validate(LoraTraining& training, size_t capacity) override {
+    const Examples& examples = split_.validation;
+    const auto example = [&](size_t i) { return examples[i]; };
+    double sum = 0;
+    size_t learnt = 0;
+    evaluate_batches(
+        Dealing{pool_, ranks_, training, capacity}, examples.size(),
+        [&](size_t i) { return examples[i].ids.size(); },
+        [&](const std::vector<uint32_t>& members) { return batch_of(members, example); },
+        [&](const DealtBatch& b) {
+          sum += sum_of(b.losses.nll);
+          learnt += b.tokens.trained();
+        });
     StepLoss out;
-    out.loss = validation_loss(training, split_.validation, capacity);
+    out.loss = learnt == 0 ? 0 : sum / static_cast<double>(learnt);
     return out;
   }
 
  private:
+  template <typename ExampleAt>
+  static TrainingBatch batch_of(const std::vector<uint32_t>& members, ExampleAt&& example) {
+    TrainingBatch batch;
+    for (const uint32_t i : members) batch.append(example(i).ids, example(i).trained);
+    return batch;
+  }
+
+  // What is not learnt is 0.
+  static double sum_of(std::span<const float> nll) {
+    double sum = 0;
+    for (const float loss : nll) sum += double{loss};
+    return sum;
+  }
+
   ExampleSplit split_;
 };
 
@@ -167,6 +253,20 @@ void write_references(const std::filesystem::path& path, const std::string& key,
   write_safetensors(path, std::span(&bits, 1), {{"key", key}});
 }
 
+// What take_reference does: those that rank 0 has kept, or those that compute() finds.
+template <typename Compute>
+void take_references(Ranks& ranks, const std::filesystem::path& cache, const std::string& key,
+                     References& references, Compute&& compute) {
+  std::optional<References> kept;
+  if (ranks.leads()) kept = read_references(cache, key, references.size());
+  bool found = kept.has_value();
+  share_value(ranks, found);
+  if (kept) references = std::move(*kept);
+  if (found) return ranks.share(std::as_writable_bytes(std::span(references)), 0);
+  compute();
+  if (ranks.leads()) write_references(cache, key, references);
+}
+
 void hash_example(const Example& e, std::string& into) {
   into.append(reinterpret_cast<const char*>(e.ids.data()), e.ids.size() * sizeof(TokenId));
   into.append(reinterpret_cast<const char*>(e.trained.data()), e.trained.size());
@@ -195,7 +295,8 @@ std::pair<std::vector<T>, std::vector<T>> split_rows(std::vector<T> rows, double
 
 class PairObjective : public Objective {
  public:
-  PairObjective(const ObjectiveOptions& o, const ModelFiles& files) : options_(o.preference) {
+  PairObjective(Pool& pool, Ranks& ranks, const ObjectiveOptions& o, const ModelFiles& files)
+      : Objective(pool, ranks), options_(o.preference) {
     Preferences<PreferenceExample> data = load_pairs(files, o.data);
     counts_ = data.counts;
     problems_ = std::move(data.problems);
@@ -229,54 +330,69 @@ class PairObjective : public Objective {
       hash_example(e.chosen, content);
       hash_example(e.rejected, content);
     }
-    const std::string key = sha256(content);
-    if (std::optional<References> kept = read_references(cache, key, pairs_.size())) {
-      references_ = std::move(*kept);
-      return;
-    }
-    size_t done = 0;
-    each_batch(
-        pairs_.size(), [&](size_t i) { return pairs_[i].tokens(); }, capacity,
-        [&](const std::vector<uint32_t>& members) {
-          const TrainingBatch batch = batch_of(members);
-          std::vector<float> nll(batch.tokens());
-          training.evaluate(batch, nll);
-          for (size_t p = 0; p < members.size(); ++p)
-            references_[members[p]] = {logp_of(batch.documents[2 * p], nll),
-                                       logp_of(batch.documents[2 * p + 1], nll)};
-          done += members.size();
-          told(done, pairs_.size());
-        });
-    write_references(cache, key, references_);
+    std::vector<uint32_t> all(pairs_.size());
+    std::iota(all.begin(), all.end(), 0u);
+    take_references(ranks_, cache, sha256(content), references_, [&] {
+      size_t done = 0;
+      evaluate_batches(
+          Dealing{pool_, ranks_, training, capacity}, all.size(),
+          [&](size_t i) { return pairs_[i].tokens(); },
+          [&](const std::vector<uint32_t>& members) { return batch_of(all, members); },
+          [&](const DealtBatch& b) {
+            for (size_t p = 0; p < b.members.size(); ++p)
+              references_[b.members[p]] = {logp_of(b.tokens.documents[2 * p], b.losses.nll),
+                                           logp_of(b.tokens.documents[2 * p + 1], b.losses.nll)};
+            done += b.members.size();
+            told(done, pairs_.size());
+          });
+    });
   }
 
   StepLoss accumulate(LoraTraining& training, std::span<const uint32_t> rows,
                       size_t capacity) override {
-    training.clear_gradients();
-    return run(rows, capacity,
-               [&](const TrainingBatch& batch, const WeighTokens& weigh, TokenLosses& losses) {
-                 training.accumulate(batch, weigh, losses);
-               });
+    StepSums sums(*this, rows);
+    learn_batches(
+        Dealing{pool_, ranks_, training, capacity, true}, rows.size(),
+        [&](size_t i) { return pairs_[rows[i]].tokens(); },
+        [&](const std::vector<uint32_t>& members) { return batch_of(rows, members); },
+        [&](DealtBatch& b) {
+          training.accumulate(
+              b.tokens,
+              [&](std::span<const float> nll, std::span<float> factors) {
+                for (size_t p = 0; p < b.members.size(); ++p) {
+                  const auto [logps, found] = loss_of(rows[b.members[p]], b.tokens, p, nll);
+                  // Factors are by −log p.
+                  set_factors(b.tokens, b.tokens.documents[2 * p],
+                              sums.anchor - found.by_chosen / sums.pairs, factors);
+                  set_factors(b.tokens, b.tokens.documents[2 * p + 1],
+                              -found.by_rejected / sums.pairs, factors);
+                }
+              },
+              b.losses);
+        },
+        [&](const DealtBatch& b) { sums.add(*this, rows, b); });
+    return sums.step_loss();
   }
 
   StepLoss validate(LoraTraining& training, size_t capacity) override {
     std::vector<uint32_t> rows(validation_rows_);
-    for (size_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<uint32_t>(lengths_.size() + i);
-    return run(rows, capacity,
-               [&](const TrainingBatch& batch, const WeighTokens& weigh, TokenLosses& losses) {
-                 training.evaluate(batch, losses);
-                 std::vector<float> factors(batch.tokens());
-                 weigh(losses.nll, factors);
-               });
+    std::iota(rows.begin(), rows.end(), static_cast<uint32_t>(lengths_.size()));
+    StepSums sums(*this, rows);
+    evaluate_batches(
+        Dealing{pool_, ranks_, training, capacity, true}, rows.size(),
+        [&](size_t i) { return pairs_[rows[i]].tokens(); },
+        [&](const std::vector<uint32_t>& members) { return batch_of(rows, members); },
+        [&](const DealtBatch& b) { sums.add(*this, rows, b); });
+    return sums.step_loss();
   }
 
  private:
   // Document 2p is pair p's prompt and chosen answer, document 2p + 1 goes on where the prompt
   // ends.
-  TrainingBatch batch_of(std::span<const uint32_t> pairs) const {
+  TrainingBatch batch_of(std::span<const uint32_t> rows, std::span<const uint32_t> members) const {
     TrainingBatch batch;
-    for (const uint32_t i : pairs) {
-      const PreferenceExample& e = pairs_[i];
+    for (const uint32_t i : members) {
+      const PreferenceExample& e = pairs_[rows[i]];
       batch.append(e.chosen.ids, e.chosen.trained);
       batch.append_after(batch.documents.size() - 1, e.shared,
                          std::span(e.rejected.ids).subspan(e.shared),
@@ -285,68 +401,66 @@ class PairObjective : public Objective {
     return batch;
   }
 
-  template <typename Compute>
-  StepLoss run(std::span<const uint32_t> rows, size_t capacity, Compute&& compute) {
-    const double pairs = static_cast<double>(rows.size());
-    double chosen_tokens = 0;  // of the whole step: the anchor is a mean over tokens
-    for (const uint32_t i : rows)
-      chosen_tokens += static_cast<double>(pairs_[i].chosen.trained_tokens());
+  // Of the p-th pair of a batch, which is `row`.
+  std::pair<PairLogps, PairLoss> loss_of(uint32_t row, const TrainingBatch& batch, size_t p,
+                                         std::span<const float> nll) const {
+    const PackedDocument &chosen = batch.documents[2 * p], &rejected = batch.documents[2 * p + 1];
+    const PairLogps logps{.chosen = logp_of(chosen, nll),
+                          .rejected = logp_of(rejected, nll),
+                          .ref_chosen = references_[row][0],
+                          .ref_rejected = references_[row][1],
+                          .chosen_tokens = trained_in(batch, chosen),
+                          .rejected_tokens = trained_in(batch, rejected)};
+    return {logps, pair_loss(options_, logps)};
+  }
+
+  // What a step over `rows` adds up.
+  struct StepSums {
+    double pairs, anchor;  // of the whole step: the anchor is a mean over tokens
     StepLoss out;
-    PairLoss sums;
+    PairLoss rewards;
     double accurate = 0, logp_chosen = 0, logp_rejected = 0;
     LogitSums chosen_logits, rejected_logits;
-    each_batch(
-        rows.size(), [&](size_t i) { return pairs_[rows[i]].tokens(); }, capacity,
-        [&](const std::vector<uint32_t>& dealt) {
-          std::vector<uint32_t> members;
-          for (const uint32_t i : dealt) members.push_back(rows[i]);
-          const TrainingBatch batch = batch_of(members);
-          TokenLosses losses;
-          losses.stats.resize(batch.tokens());
-          out.tokens += batch.tokens();
-          const auto weigh = [&](std::span<const float> nll, std::span<float> factors) {
-            for (size_t p = 0; p < members.size(); ++p) {
-              const PackedDocument &chosen = batch.documents[2 * p],
-                                   &rejected = batch.documents[2 * p + 1];
-              const auto& reference = references_[members[p]];
-              const PairLogps logps{.chosen = logp_of(chosen, nll),
-                                    .rejected = logp_of(rejected, nll),
-                                    .ref_chosen = reference[0],
-                                    .ref_rejected = reference[1],
-                                    .chosen_tokens = trained_in(batch, chosen),
-                                    .rejected_tokens = trained_in(batch, rejected)};
-              const PairLoss found = pair_loss(options_, logps);
-              const double anchor = options_.anchor / chosen_tokens;
-              // Factors are by −log p.
-              set_factors(batch, chosen, anchor - found.by_chosen / pairs, factors);
-              set_factors(batch, rejected, -found.by_rejected / pairs, factors);
-              out.loss += found.loss / pairs - anchor * logps.chosen;
-              if (out.bad_line == 0 && !std::isfinite(found.loss))
-                out.bad_line = pairs_[members[p]].chosen.line;
-              sums.chosen_reward += found.chosen_reward / pairs;
-              sums.rejected_reward += found.rejected_reward / pairs;
-              accurate += found.chosen_reward > found.rejected_reward ? 1 / pairs : 0;
-              logp_chosen += logps.chosen / pairs;
-              logp_rejected += logps.rejected / pairs;
-            }
-          };
-          compute(batch, weigh, losses);
-          for (size_t p = 0; p < members.size(); ++p) {
-            chosen_logits.add(batch, batch.documents[2 * p], losses.stats);
-            rejected_logits.add(batch, batch.documents[2 * p + 1], losses.stats);
-          }
-        });
-    out.metrics = {{"rewards/chosen", sums.chosen_reward},
-                   {"rewards/rejected", sums.rejected_reward},
-                   {"rewards/accuracies", accurate},
-                   {"rewards/margins", sums.chosen_reward - sums.rejected_reward},
-                   {"logps/chosen", logp_chosen},
-                   {"logps/rejected", logp_rejected},
-                   {"logits/chosen", chosen_logits.mean_logit()},
-                   {"logits/rejected", rejected_logits.mean_logit()},
-                   {"mean_token_accuracy", chosen_logits.accuracy()}};
-    return out;
-  }
+
+    StepSums(const PairObjective& o, std::span<const uint32_t> rows)
+        : pairs(static_cast<double>(rows.size())) {
+      double chosen_tokens = 0;
+      for (const uint32_t i : rows)
+        chosen_tokens += static_cast<double>(o.pairs_[i].chosen.trained_tokens());
+      anchor = o.options_.anchor / chosen_tokens;
+    }
+
+    void add(const PairObjective& o, std::span<const uint32_t> rows, const DealtBatch& b) {
+      out.tokens += b.tokens.tokens();
+      for (size_t p = 0; p < b.members.size(); ++p) {
+        const uint32_t row = rows[b.members[p]];
+        const auto [logps, found] = o.loss_of(row, b.tokens, p, b.losses.nll);
+        out.loss += found.loss / pairs - anchor * logps.chosen;
+        if (out.bad_line == 0 && !std::isfinite(found.loss))
+          out.bad_line = o.pairs_[row].chosen.line;
+        rewards.chosen_reward += found.chosen_reward / pairs;
+        rewards.rejected_reward += found.rejected_reward / pairs;
+        accurate += found.chosen_reward > found.rejected_reward ? 1 / pairs : 0;
+        logp_chosen += logps.chosen / pairs;
+        logp_rejected += logps.rejected / pairs;
+        chosen_logits.add(b.tokens, b.tokens.documents[2 * p], b.losses.stats);
+        rejected_logits.add(b.tokens, b.tokens.documents[2 * p + 1], b.losses.stats);
+      }
+    }
+
+    StepLoss step_loss() {
+      out.metrics = {{"rewards/chosen", rewards.chosen_reward},
+                     {"rewards/rejected", rewards.rejected_reward},
+                     {"rewards/accuracies", accurate},
+                     {"rewards/margins", rewards.chosen_reward - rewards.rejected_reward},
+                     {"logps/chosen", logp_chosen},
+                     {"logps/rejected", logp_rejected},
+                     {"logits/chosen", chosen_logits.mean_logit()},
+                     {"logits/rejected", rejected_logits.mean_logit()},
+                     {"mean_token_accuracy", chosen_logits.accuracy()}};
+      return out;
+    }
+  };
 
   PreferenceOptions options_;
   std::vector<PreferenceExample> pairs_;  // to learn, then to validate on
@@ -357,7 +471,8 @@ class PairObjective : public Objective {
 
 class LabelledObjective : public Objective {
  public:
-  LabelledObjective(const ObjectiveOptions& o, const ModelFiles& files) : options_(o.preference) {
+  LabelledObjective(Pool& pool, Ranks& ranks, const ObjectiveOptions& o, const ModelFiles& files)
+      : Objective(pool, ranks), options_(o.preference) {
     Preferences<LabelledExample> data = load_labelled(files, o.data);
     counts_ = data.counts;
     problems_ = std::move(data.problems);
@@ -392,43 +507,52 @@ class LabelledObjective : public Objective {
       hash_example(rows_[i].example, content);
       hash_example(mismatched_[i], content);
     }
-    const std::string key = sha256(content);
-    if (std::optional<References> kept = read_references(cache, key, rows_.size())) {
-      references_ = std::move(*kept);
-      return;
-    }
     std::vector<uint32_t> all(rows_.size());
-    for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<uint32_t>(i);
-    size_t done = 0;
-    const auto take = [&](size_t which, auto&& example_of) {
-      evaluate(training, all, capacity, example_of, [&](uint32_t row, double logp) {
-        references_[row][which] = logp;
-        told(++done, 2 * rows_.size());
-      });
-    };
-    take(0, [&](uint32_t i) -> const Example& { return rows_[i].example; });
-    take(1, [&](uint32_t i) -> const Example& { return mismatched_[i]; });
-    write_references(cache, key, references_);
+    std::iota(all.begin(), all.end(), 0u);
+    take_references(ranks_, cache, sha256(content), references_, [&] {
+      size_t done = 0;
+      for (const Which which : {kAnswer, kMismatched})
+        evaluate(training, all, capacity, which, [&](uint32_t row, double logp) {
+          references_[row][which] = logp;
+          told(++done, 2 * rows_.size());
+        });
+    });
   }
 
   StepLoss accumulate(LoraTraining& training, std::span<const uint32_t> rows,
                       size_t capacity) override {
-    training.clear_gradients();
-    return run(training, rows, capacity,
-               [&](const TrainingBatch& batch, const WeighTokens& weigh, TokenLosses& losses) {
-                 training.accumulate(batch, weigh, losses);
-               });
+    StepSums sums(rows, divergence(training, rows, capacity));
+    learn_batches(
+        Dealing{pool_, ranks_, training, capacity, true}, rows.size(),
+        [&](size_t i) { return rows_[rows[i]].example.ids.size(); },
+        [&](const std::vector<uint32_t>& members) { return batch_of(rows, members, kAnswer); },
+        [&](DealtBatch& b) {
+          training.accumulate(
+              b.tokens,
+              [&](std::span<const float> nll, std::span<float> factors) {
+                for (size_t d = 0; d < b.members.size(); ++d) {
+                  const PackedDocument& document = b.tokens.documents[d];
+                  const KtoLoss found =
+                      loss_of(rows[b.members[d]], logp_of(document, nll), sums.kl);
+                  set_factors(b.tokens, document, -found.by_logp / sums.count, factors);
+                }
+              },
+              b.losses);
+        },
+        [&](const DealtBatch& b) { sums.add(*this, rows, b); });
+    return sums.step_loss();
   }
 
   StepLoss validate(LoraTraining& training, size_t capacity) override {
     std::vector<uint32_t> rows(validation_rows_);
-    for (size_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<uint32_t>(lengths_.size() + i);
-    return run(training, rows, capacity,
-               [&](const TrainingBatch& batch, const WeighTokens& weigh, TokenLosses& losses) {
-                 training.evaluate(batch, losses);
-                 std::vector<float> factors(batch.tokens());
-                 weigh(losses.nll, factors);
-               });
+    std::iota(rows.begin(), rows.end(), static_cast<uint32_t>(lengths_.size()));
+    StepSums sums(rows, divergence(training, rows, capacity));
+    evaluate_batches(
+        Dealing{pool_, ranks_, training, capacity, true}, rows.size(),
+        [&](size_t i) { return rows_[rows[i]].example.ids.size(); },
+        [&](const std::vector<uint32_t>& members) { return batch_of(rows, members, kAnswer); },
+        [&](const DealtBatch& b) { sums.add(*this, rows, b); });
+    return sums.step_loss();
   }
 
  private:
@@ -454,78 +578,90 @@ class LabelledObjective : public Objective {
     }
   }
 
+  // What a row's log-probabilities are of, as references_ has them.
+  enum Which : size_t { kAnswer, kMismatched };
+  const Example& example(uint32_t row, Which which) const {
+    return which == kAnswer ? rows_[row].example : mismatched_[row];
+  }
+
+  TrainingBatch batch_of(std::span<const uint32_t> rows, std::span<const uint32_t> members,
+                         Which which) const {
+    TrainingBatch batch;
+    for (const uint32_t i : members) {
+      const Example& e = example(rows[i], which);
+      batch.append(e.ids, e.trained);
+    }
+    return batch;
+  }
+
   // told(row, Σ log p of its answer) for each of `rows`.
-  template <typename ExampleOf, typename Told>
-  static void evaluate(LoraTraining& training, std::span<const uint32_t> rows, size_t capacity,
-                       ExampleOf&& example_of, Told&& told) {
-    each_batch(
-        rows.size(), [&](size_t i) { return example_of(rows[i]).ids.size(); }, capacity,
-        [&](const std::vector<uint32_t>& members) {
-          TrainingBatch batch;
-          for (const uint32_t i : members)
-            batch.append(example_of(rows[i]).ids, example_of(rows[i]).trained);
-          std::vector<float> nll(batch.tokens());
-          training.evaluate(batch, nll);
-          for (size_t d = 0; d < members.size(); ++d)
-            told(rows[members[d]], logp_of(batch.documents[d], nll));
+  template <typename Told>
+  void evaluate(LoraTraining& training, std::span<const uint32_t> rows, size_t capacity,
+                Which which, Told&& told) const {
+    evaluate_batches(
+        Dealing{pool_, ranks_, training, capacity}, rows.size(),
+        [&](size_t i) { return example(rows[i], which).ids.size(); },
+        [&](const std::vector<uint32_t>& members) { return batch_of(rows, members, which); },
+        [&](const DealtBatch& b) {
+          for (size_t d = 0; d < b.members.size(); ++d)
+            told(rows[b.members[d]], logp_of(b.tokens.documents[d], b.losses.nll));
         });
   }
 
-  template <typename Compute>
-  StepLoss run(LoraTraining& training, std::span<const uint32_t> rows, size_t capacity,
-               Compute&& compute) {
-    const double count = static_cast<double>(rows.size());
-    StepLoss out;
-    double divergence = 0;
-    evaluate(
-        training, rows, capacity, [&](uint32_t i) -> const Example& { return mismatched_[i]; },
-        [&](uint32_t i, double logp) { divergence += (logp - references_[i][1]) / count; });
-    const double kl = std::max(0.0, divergence);
+  double divergence(LoraTraining& training, std::span<const uint32_t> rows, size_t capacity) const {
+    double sum = 0;
+    evaluate(training, rows, capacity, kMismatched, [&](uint32_t i, double logp) {
+      sum += (logp - references_[i][kMismatched]) / static_cast<double>(rows.size());
+    });
+    return std::max(0.0, sum);
+  }
 
+  KtoLoss loss_of(uint32_t row, double logp, double kl) const {
+    return kto_loss(options_, rows_[row].desirable, logp, references_[row][kAnswer], kl);
+  }
+
+  // What a step over `rows` adds up.
+  struct StepSums {
+    double count, kl;
+    StepLoss out;
     std::array<double, 2> reward{}, logps{}, of{};  // of unwanted and wanted answers
     std::array<LogitSums, 2> logits;
-    each_batch(
-        rows.size(), [&](size_t i) { return rows_[rows[i]].example.ids.size(); }, capacity,
-        [&](const std::vector<uint32_t>& members) {
-          TrainingBatch batch;
-          for (const uint32_t i : members)
-            batch.append(rows_[rows[i]].example.ids, rows_[rows[i]].example.trained);
-          TokenLosses losses;
-          losses.stats.resize(batch.tokens());
-          out.tokens += batch.tokens();
-          const auto weigh = [&](std::span<const float> nll, std::span<float> factors) {
-            for (size_t d = 0; d < members.size(); ++d) {
-              const LabelledExample& row = rows_[rows[members[d]]];
-              const double logp = logp_of(batch.documents[d], nll);
-              const KtoLoss found =
-                  kto_loss(options_, row.desirable, logp, references_[rows[members[d]]][0], kl);
-              set_factors(batch, batch.documents[d], -found.by_logp / count, factors);
-              out.loss += found.loss / count;
-              if (out.bad_line == 0 && !std::isfinite(found.loss)) out.bad_line = row.example.line;
-              const size_t side = row.desirable ? 1 : 0;
-              reward[side] += found.reward;
-              logps[side] += logp;
-              of[side] += 1;
-            }
-          };
-          compute(batch, weigh, losses);
-          for (size_t d = 0; d < members.size(); ++d)
-            logits[rows_[rows[members[d]]].desirable ? 1 : 0].add(batch, batch.documents[d],
-                                                                  losses.stats);
-        });
-    const auto mean = [&](const std::array<double, 2>& sum, size_t side) {
-      return of[side] == 0 ? 0.0 : sum[side] / of[side];
-    };
-    out.metrics = {{"rewards/chosen", mean(reward, 1)},
-                   {"rewards/rejected", mean(reward, 0)},
-                   {"rewards/margins", mean(reward, 1) - mean(reward, 0)},
-                   {"logps/chosen", mean(logps, 1)},
-                   {"logps/rejected", mean(logps, 0)},
-                   {"logits/chosen", logits[1].mean_logit()},
-                   {"logits/rejected", logits[0].mean_logit()},
-                   {"kl", kl}};
-    return out;
-  }
+
+    StepSums(std::span<const uint32_t> rows, double divergence)
+        : count(static_cast<double>(rows.size())), kl(divergence) {}
+
+    void add(const LabelledObjective& o, std::span<const uint32_t> rows, const DealtBatch& b) {
+      out.tokens += b.tokens.tokens();
+      for (size_t d = 0; d < b.members.size(); ++d) {
+        const uint32_t i = rows[b.members[d]];
+        const LabelledExample& row = o.rows_[i];
+        const double logp = logp_of(b.tokens.documents[d], b.losses.nll);
+        const KtoLoss found = o.loss_of(i, logp, kl);
+        out.loss += found.loss / count;
+        if (out.bad_line == 0 && !std::isfinite(found.loss)) out.bad_line = row.example.line;
+        const size_t side = row.desirable ? 1 : 0;
+        reward[side] += found.reward;
+        logps[side] += logp;
+        of[side] += 1;
+        logits[side].add(b.tokens, b.tokens.documents[d], b.losses.stats);
+      }
+    }
+
+    StepLoss step_loss() {
+      const auto mean = [&](const std::array<double, 2>& sum, size_t side) {
+        return of[side] == 0 ? 0.0 : sum[side] / of[side];
+      };
+      out.metrics = {{"rewards/chosen", mean(reward, 1)},
+                     {"rewards/rejected", mean(reward, 0)},
+                     {"rewards/margins", mean(reward, 1) - mean(reward, 0)},
+                     {"logps/chosen", mean(logps, 1)},
+                     {"logps/rejected", mean(logps, 0)},
+                     {"logits/chosen", logits[1].mean_logit()},
+                     {"logits/rejected", logits[0].mean_logit()},
+                     {"kl", kl}};
+      return out;
+    }
+  };
 
   PreferenceOptions options_;
   std::vector<LabelledExample> rows_;  // to learn, then to validate on
@@ -547,32 +683,18 @@ std::string_view name_of(Method method) { return kMethods[static_cast<size_t>(me
 void Objective::take_reference(LoraTraining&, size_t, const std::filesystem::path&,
                                const std::string&, const std::function<void(size_t, size_t)>&) {}
 
-std::unique_ptr<Objective> make_objective(Pool& pool, const ObjectiveOptions& options,
+std::unique_ptr<Objective> make_objective(Pool& pool, Ranks& ranks, const ObjectiveOptions& options,
                                           const ModelFiles& files) {
   switch (options.method) {
     case Method::sft:
     case Method::text:
-      return std::make_unique<DocumentObjective>(pool, options, files);
+      return std::make_unique<DocumentObjective>(pool, ranks, options, files);
     case Method::dpo:
-      return std::make_unique<PairObjective>(options, files);
+      return std::make_unique<PairObjective>(pool, ranks, options, files);
     case Method::kto:
-      return std::make_unique<LabelledObjective>(options, files);
+      return std::make_unique<LabelledObjective>(pool, ranks, options, files);
   }
   MORU_CHECK(false);
-}
-
-double validation_loss(LoraTraining& training, const Examples& examples, size_t capacity) {
-  double sum = 0;
-  size_t learnt = 0;
-  each_batch(
-      examples.size(), [&](size_t i) { return examples[i].ids.size(); }, capacity,
-      [&](const std::vector<uint32_t>& members) {
-        TrainingBatch batch;
-        for (const uint32_t i : members) batch.append(examples[i].ids, examples[i].trained);
-        sum += training.evaluate(batch);
-        learnt += batch.trained();
-      });
-  return learnt == 0 ? 0 : sum / static_cast<double>(learnt);
 }
 
 }  // namespace moru

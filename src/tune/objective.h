@@ -5,8 +5,9 @@
 //   dpo    pairs of answers: the mean of preference.h's loss over the step's pairs
 //   kto    labelled answers: the mean of kto_loss over the step's rows
 //
-// A step's rows are dealt to batches that the memory plan allows; how they are dealt changes
-// nothing but the order of sums. Metrics bear TRL's names.
+// A step's rows are dealt to batches that the memory plan allows, and these to ranks (ranks.h); how
+// they are dealt to batches changes nothing but the order of sums, and how to ranks not even that.
+// Metrics bear TRL's names.
 #pragma once
 #include <cstdint>
 #include <filesystem>
@@ -20,6 +21,7 @@
 #include "engine/training.h"
 #include "tune/examples.h"
 #include "tune/preference.h"
+#include "tune/ranks.h"
 
 namespace moru {
 
@@ -48,6 +50,7 @@ struct ObjectiveOptions {
   PreferenceOptions preference;
 };
 
+// The ranks call the same functions in the same order, and get the same answers.
 class Objective {
  public:
   virtual ~Objective() = default;
@@ -68,14 +71,18 @@ class Objective {
                               const std::filesystem::path& cache, const std::string& model_key,
                               const std::function<void(size_t, size_t)>& told);
 
-  // Clears the gradients, then accumulates those of the loss over `rows`, in batches of at most
-  // `capacity` tokens (or one row).
+  // The gradients become those of the loss over `rows`: each batch's, of at most `capacity` tokens
+  // (or one row), from zeros, then added in the order of batches.
   virtual StepLoss accumulate(LoraTraining& training, std::span<const uint32_t> rows,
                               size_t capacity) = 0;
   // The loss over the rows to validate on, which there must be.
   virtual StepLoss validate(LoraTraining& training, size_t capacity) = 0;
 
  protected:
+  Objective(Pool& pool, Ranks& ranks) : pool_(pool), ranks_(ranks) {}
+
+  Pool& pool_;
+  Ranks& ranks_;
   std::vector<size_t> lengths_;
   size_t longest_ = 0, validation_rows_ = 0;
   uint64_t tokens_ = 0, trained_tokens_ = 0;
@@ -83,11 +90,8 @@ class Objective {
   std::vector<FileProblem> problems_;
 };
 
-// Reads the data. Errors: those of the data; usage.
-std::unique_ptr<Objective> make_objective(Pool& pool, const ObjectiveOptions& options,
+// Reads the data. `pool` and `ranks` must outlive the result. Errors: those of the data; usage.
+std::unique_ptr<Objective> make_objective(Pool& pool, Ranks& ranks, const ObjectiveOptions& options,
                                           const ModelFiles& files);
-
-// Mean −log p over the learnt tokens of `examples`, batches of at most `capacity` tokens.
-double validation_loss(LoraTraining& training, const Examples& examples, size_t capacity);
 
 }  // namespace moru

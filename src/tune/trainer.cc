@@ -8,6 +8,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <thread>
 
 #include "base/clock.h"
 #include "base/cpu.h"
@@ -135,19 +136,20 @@ uint64_t count_steps(const TuneOptions& o, std::span<const size_t> lengths) {
   return steps;
 }
 
+// Tokens of the largest step that there may be.
+size_t largest_step(const TuneOptions& o, const Objective& objective) {
+  if (o.batch_tokens != 0) return o.batch_tokens;
+  std::vector<size_t> lengths(objective.lengths().begin(), objective.lengths().end());
+  const size_t count = std::min<size_t>(o.batch_size, lengths.size());
+  const auto end = lengths.begin() + static_cast<std::ptrdiff_t>(count);
+  std::partial_sort(lengths.begin(), end, lengths.end(), std::greater());
+  return std::accumulate(lengths.begin(), end, size_t{0});
+}
+
 // Tokens that are computed at a time: never more than a step has, never fewer than a row.
 size_t batch_capacity(const TuneOptions& o, const Objective& objective) {
-  std::vector<size_t> lengths(objective.lengths().begin(), objective.lengths().end());
-  size_t step_tokens = 0;
-  if (o.batch_tokens == 0) {
-    const size_t count = std::min<size_t>(o.batch_size, lengths.size());
-    const auto end = lengths.begin() + static_cast<std::ptrdiff_t>(count);
-    std::partial_sort(lengths.begin(), end, lengths.end(), std::greater());
-    step_tokens = std::accumulate(lengths.begin(), end, size_t{0});
-  } else {
-    step_tokens = o.batch_tokens;
-  }
-  return std::max(objective.longest(), std::min<size_t>(o.micro_batch_tokens, step_tokens));
+  return std::max(objective.longest(),
+                  std::min<size_t>(o.micro_batch_tokens, largest_step(o, objective)));
 }
 
 std::string megabytes(size_t bytes) { return fmt::format("{} MB", (bytes + 500'000) / 1'000'000); }
@@ -167,14 +169,17 @@ const char* name_of(Recompute level) {
 // The lightest level that fits, or the one asked for. Everything that a run takes after the plan
 // stands here, so that the prediction is of the whole process.
 MemoryPlan plan_memory(const TuneOptions& o, const Model& model, const Lora& lora,
-                       const TrainingOptions& wanted, bool validates) {
+                       const TrainingOptions& wanted, bool validates, size_t sum_bytes,
+                       const Ranks& ranks) {
   MemoryPlan plan;
   plan.weights = model.weight_bytes();
   // Two moments, and the best values where they are chosen by validation.
-  plan.adapter = lora.values.size() * sizeof(float) * (validates ? 3 : 2);
+  // And the sum of gradients over the batches of a step.
+  plan.adapter = lora.values.size() * sizeof(float) * (validates ? 3 : 2) + sum_bytes;
   // What oneDNN generates and its scratch memory, attention's scratch, threads' stacks.
   constexpr size_t kKernels = 24 << 20;
-  const size_t now = resident_bytes(), limit = usable_memory_bytes();
+  const size_t now = resident_bytes();
+  const size_t limit = usable_memory_bytes() / ranks.on_this_machine();
   const auto fill = [&](Recompute level) {
     plan.recompute = level;
     TrainingOptions options = wanted;
@@ -284,15 +289,30 @@ std::optional<TuneResult> finished_result(const TuneOptions& o, const std::strin
   return r;
 }
 
+// Where a rank puts files that only it reads.
+std::filesystem::path files_of(const TuneOptions& o, const Ranks& ranks) {
+  return ranks.leads() ? o.out : o.out / fmt::format("rank{}", ranks.rank());
+}
+
+// The ranks of a machine share its processors.
+size_t threads_of(const Ranks& ranks) {
+  if (ranks.on_this_machine() == 1) return usable_threads();
+  const size_t whole = std::thread::hardware_concurrency();
+  return std::max<size_t>(1, std::min(usable_threads(), whole / ranks.on_this_machine()));
+}
+
 // One run: what is loaded, where it stands, and the steps that move it on.
 class Run {
  public:
-  Run(const TuneOptions& options, std::string fingerprint, const TuneProgress& progress)
+  Run(const TuneOptions& options, std::string fingerprint, const TuneProgress& progress,
+      Ranks& ranks)
       : o_(options),
         fingerprint_(std::move(fingerprint)),
         progress_(progress),
+        ranks_(ranks),
+        own_files_(files_of(options, ranks)),
         checkpoint_(options.out / "checkpoint.safetensors"),
-        pool_(options.threads == 0 ? usable_threads() : options.threads) {}
+        pool_(options.threads == 0 ? threads_of(ranks) : options.threads) {}
 
   TuneResult finish_from_here() {
     load();
@@ -307,7 +327,7 @@ class Run {
 
  private:
   void tell(const TuneEvent& event) const {
-    if (progress_) progress_(event);
+    if (progress_ && ranks_.leads()) progress_(event);
   }
 
   // Rows and weights. The files are closed before the first step: their pages would count.
@@ -320,12 +340,12 @@ class Run {
     wanted.data.max_bad = o_.max_bad;
     wanted.data.deduplicate = o_.deduplicate;
     wanted.data.seed = o_.seed;
-    wanted.data.spill = o_.out / "examples";
+    wanted.data.spill = own_files_ / "examples";
     wanted.data.key = fingerprint_;
     wanted.validation = o_.validation;
     wanted.val_fraction = o_.val_fraction;
     wanted.preference = o_.preference;
-    objective_ = make_objective(pool_, wanted, files);
+    objective_ = make_objective(pool_, ranks_, wanted, files);
     tell({.kind = TuneEvent::Kind::data, .text = describe(*objective_)});
     const bool packed = o_.keep_quantized && is_quantized(files);
     // Positions are those of the longest row, which for a pair is shorter than its tokens.
@@ -353,7 +373,10 @@ class Run {
     steps_ = count_steps(o_, objective_->lengths());
     TrainingOptions options{.tokens = capacity_, .quantized_type = type()};
     const bool validates = objective_->validation_rows() != 0;
-    const MemoryPlan memory = plan_memory(o_, *model_, lora_, options, validates);
+    const size_t sum_bytes =
+        largest_step(o_, *objective_) > capacity_ ? ranks_.sum_bytes(lora_.values.size()) : 0;
+    const MemoryPlan memory =
+        plan_memory(o_, *model_, lora_, options, validates, sum_bytes, ranks_);
     options.recompute = memory.recompute;
     tell({.kind = TuneEvent::Kind::plan,
           .steps = steps_,
@@ -387,9 +410,13 @@ class Run {
                                  tell({.kind = TuneEvent::Kind::reference,
                                        .text = fmt::format("reference: {} of {} rows", done, of)});
                                });
-    if (std::optional<TrainingRun> saved =
-            read_checkpoint(checkpoint_, fingerprint_, lora_.values.size())) {
-      run_ = std::move(*saved);
+    std::optional<TrainingRun> saved;
+    if (ranks_.leads()) saved = read_checkpoint(checkpoint_, fingerprint_, lora_.values.size());
+    bool goes_on = saved.has_value();
+    share_value(ranks_, goes_on);
+    if (goes_on) {
+      if (saved) run_ = std::move(*saved);
+      share(ranks_, run_);
       swap_state();
       for (auto* stale : {&run_.values, &run_.m, &run_.v}) std::vector<float>().swap(*stale);
       training_->refresh();
@@ -398,7 +425,7 @@ class Run {
             .steps = steps_,
             .text = fmt::format("going on from step {} of {}", run_.step, steps_)});
     }
-    log_.emplace(o_.out, run_.step);
+    if (ranks_.leads()) log_.emplace(o_.out, run_.step);
     seconds_before_ = run_.seconds;
     watch_ = Stopwatch();
     order_ = epoch_order(objective_->lengths().size(), o_.seed, run_.epoch);
@@ -416,6 +443,7 @@ class Run {
   }
 
   void save() {
+    if (!ranks_.leads()) return;
     run_.seconds = seconds_before_ + watch_.seconds();
     swap_state();
     write_checkpoint(checkpoint_, fingerprint_, run_);
@@ -431,12 +459,12 @@ class Run {
     const StepLoss found = objective_->validate(*training_, capacity_);
     ordered_json line = {{"step", run_.step}, {"val_loss", number_or_null(found.loss)}};
     put(found.metrics, "val_", line);
-    log_->write(line);
+    if (log_) log_->write(line);
     if (run_.step == 0) run_.first_loss = found.loss;
     if (found.loss < run_.best_loss) {
       run_.best_loss = found.loss;
       run_.best_step = run_.step;
-      run_.best = lora_.values;
+      if (ranks_.leads()) run_.best = lora_.values;
       run_.without_improvement = 0;
     } else {
       ++run_.without_improvement;
@@ -539,7 +567,7 @@ class Run {
                          {"num_tokens", run_.tokens_done},
                          {"tokens_per_second", rate}};
     put(found.metrics, "", line);
-    log_->write(line);
+    if (log_) log_->write(line);
     if (!skipped) return;
     event.kind = TuneEvent::Kind::skipped;
     event.text = fmt::format(
@@ -564,16 +592,18 @@ class Run {
                                 "is of step {}",
                                 run_.without_improvement, run_.best_step)});
     }
-    const bool asked = StopSignals::asked();
+    const bool asked = ranks_.any(StopSignals::asked());
     if (asked || last || stopped_early_ || validates ||
         (o_.save_steps != 0 && run_.step % o_.save_steps == 0))
       save();
-    if (asked && !last && !stopped_early_)
+    if (asked && !last && !stopped_early_) {
+      ranks_.any(false);  // it is saved before anyone ends
       throw Error(
           ErrorKind::interrupted,
           {.where = o_.out.string(),
            .what = fmt::format("stopped after step {} of {}; all is saved", run_.step, steps_),
            .cure = "give the same command to go on"});
+    }
   }
 
   // The best that was learnt, and the account of the run.
@@ -596,6 +626,12 @@ class Run {
     r.seconds = seconds_before_ + watch_.seconds();
     r.tokens_per_second = seconds_here_ > 0 ? tokens_here_ / seconds_here_ : 0;
     r.peak_bytes = peak_memory_bytes();
+    remove_all_examples(own_files_);
+    if (!ranks_.leads()) {
+      std::error_code ignored;  // another rank's files, or none of this machine
+      std::filesystem::remove(own_files_, ignored);
+      return r;
+    }
     if (!run_.best.empty()) lora_.values.swap(run_.best);
     if (lora_.whole.empty()) {
       r.adapter = o_.out / "adapter";
@@ -610,13 +646,14 @@ class Run {
     }
     write_file(o_.out / "tune.json", to_json(r, fingerprint_).dump(2) + "\n");
     std::filesystem::remove(checkpoint_);
-    remove_all_examples(o_.out);
     return r;
   }
 
   const TuneOptions& o_;
   const std::string fingerprint_;
   const TuneProgress& progress_;
+  Ranks& ranks_;
+  const std::filesystem::path own_files_;  // examples that memory should not hold
   const std::filesystem::path checkpoint_;
   Pool pool_;
   std::unique_ptr<Objective> objective_;
@@ -638,20 +675,45 @@ class Run {
   bool stopped_early_ = false;
 };
 
+// Ranks that read something else than rank 0 would train something else.
+void check_same(Ranks& ranks, const std::string& fingerprint) {
+  std::string of_first = fingerprint;
+  share_list(ranks, of_first);
+  for (size_t rank = 1; rank < ranks.size(); ++rank) {
+    bool differs = of_first != fingerprint;
+    share_value(ranks, differs, rank);
+    if (differs)
+      throw Error(ErrorKind::usage,
+                  {.where = fmt::format("rank {}", rank),
+                   .what = "reads another model or other data than rank 0, or has other options",
+                   .cure = "give all machines the same files"});
+  }
+}
+
 }  // namespace
 
 TuneResult tune(const TuneOptions& o, const TuneProgress& progress) {
+  OneRank one;
+  return tune(o, progress, one);
+}
+
+TuneResult tune(const TuneOptions& o, const TuneProgress& progress, Ranks& ranks) {
   check(o);
-  make_folder(o.out);
+  make_folder(files_of(o, ranks));
   const std::string fingerprint = fingerprint_of(o);
-  if (o.restart) {
-    remove_all_examples(o.out);
+  check_same(ranks, fingerprint);
+  std::optional<TuneResult> done;
+  if (o.restart) remove_all_examples(files_of(o, ranks));
+  if (o.restart && ranks.leads())
     for (const char* name : {"checkpoint.safetensors", "reference.safetensors", "tune.json"})
       std::filesystem::remove(o.out / name);
-  } else if (const auto done = finished_result(o, fingerprint)) {
-    return *done;
-  }
-  return Run(o, fingerprint, progress).finish_from_here();
+  if (!o.restart && ranks.leads()) done = finished_result(o, fingerprint);
+  bool is_done = done.has_value();
+  share_value(ranks, is_done);
+  if (is_done) return done.value_or(TuneResult{});
+  return Run(o, fingerprint, progress, ranks).finish_from_here();
 }
+
+bool tune_is_asked_to_stop() { return StopSignals::asked(); }
 
 }  // namespace moru

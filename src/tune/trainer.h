@@ -5,7 +5,7 @@
 // so that a run that is killed and started again reaches the same bits.
 //
 //   out/checkpoint.safetensors   while the run is not finished
-//   out/examples.*               likewise, of data that memory should not hold
+//   out/examples.*               likewise, of data that memory should not hold; out/rank1/… of others
 //   out/log.jsonl, tensorboard/  a line, and scalars, a step and a validation (run_log.h)
 //   out/report.html              the log as a page (moru tune writes it)
 //   out/reference.safetensors    log-probabilities of the reference, of methods that have one
@@ -27,6 +27,7 @@
 #include "tune/learnt.h"
 #include "tune/objective.h"
 #include "tune/optimizer.h"
+#include "tune/ranks.h"
 
 namespace moru {
 
@@ -107,5 +108,10 @@ struct TuneResult {
 // plan does not fit); interrupted (SIGINT or SIGTERM: saved); bad_input (a loss is no number,
 // naming the row).
 TuneResult tune(const TuneOptions& options, const TuneProgress& progress = {});
+// This process's part of a run by several; only rank 0 writes results and tells of progress. Error:
+// also usage, where ranks read different models or data.
+TuneResult tune(const TuneOptions& options, const TuneProgress& progress, Ranks& ranks);
+// Whether SIGINT or SIGTERM has asked the run of this process to stop.
+bool tune_is_asked_to_stop();
 
 }  // namespace moru

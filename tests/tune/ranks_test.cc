@@ -1,0 +1,260 @@
+// Training by several processes: mpirun with the program itself.
+#include "tune/ranks.h"
+
+#include <signal.h>
+#include <stdlib.h>
+
+#include <charconv>
+#include <chrono>
+#include <cstdlib>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <optional>
+#include <thread>
+
+#include "base/files.h"
+#include "program.h"
+#include "support.h"
+
+using namespace moru;
+
+namespace {
+
+const std::string kModel = MORU_SOURCE_DIR "/tests/golden/tune/llama";
+
+bool has_mpirun() {
+  ::setenv("ASAN_OPTIONS", "detect_leaks=0", 0);  // Open MPI keeps what it has
+  if (Program({"--version"}, "mpirun").wait().code == 0) return true;
+  MESSAGE("skipped: there is no mpirun (apt-get install openmpi-bin)");
+  return false;
+}
+
+std::vector<std::string> mpirun(size_t ranks, const std::vector<std::string>& words) {
+  std::vector<std::string> all = {"--allow-run-as-root", "--oversubscribe", "-n",
+                                  std::to_string(ranks), std::string(MORU_PROGRAM)};
+  all.insert(all.end(), words.begin(), words.end());
+  return all;
+}
+
+Ended run(size_t ranks, const std::vector<std::string>& words) {
+  return ranks == 1 ? run_program(words) : Program(mpirun(ranks, words), "mpirun").wait();
+}
+
+// Rows as a method reads them.
+std::string rows(const std::string& method, size_t count) {
+  std::string text;
+  for (size_t i = 0; i < count; ++i) {
+    const std::string answer(1 + i % 5, static_cast<char>('a' + i % 26));
+    nlohmann::json row = {{"prompt", "say " + std::to_string(i * 7 % 10)}};
+    if (method == "dpo") {
+      row["chosen"] = answer;
+      row["rejected"] = std::string(2 + i % 3, static_cast<char>('A' + i % 26));
+    } else if (method == "text") {
+      row = {{"text", "say it " + answer}};
+    } else {
+      row["completion"] = answer;
+      if (method == "kto") row["label"] = i % 3 != 0;
+    }
+    text += row.dump() + "\n";
+  }
+  return text;
+}
+
+// Five batches a step, so that rounds are full, and not.
+std::vector<std::string> words_for(const TempDir& dir, const std::string& out,
+                                   const std::vector<std::string>& more = {}) {
+  const std::vector<std::string> start = {"tune", kModel, (dir.path() / "rows.jsonl").string()};
+  const std::vector<std::string> rest = {"-o",
+                                         (dir.path() / out).string(),
+                                         "--template",
+                                         "{prompt}:{completion}",
+                                         "--max-length",
+                                         "64",
+                                         "--precision",
+                                         "f32",
+                                         "--batch-size",
+                                         "8",
+                                         "--micro-batch-tokens",
+                                         "24",
+                                         "--lr",
+                                         "3e-3",
+                                         "--eval-steps",
+                                         "3"};
+  std::vector<std::string> words = start;
+  // Methods and presets stand first: they set what the others set again.
+  words.insert(words.end(), more.begin(), more.end());
+  words.insert(words.end(), rest.begin(), rest.end());
+  return words;
+}
+
+std::string learnt(const TempDir& dir, const std::string& out) {
+  const std::filesystem::path adapter = dir.path() / out / "adapter" / "adapter_model.safetensors";
+  return std::filesystem::exists(adapter)
+             ? read_file(adapter)
+             : read_file(dir.path() / out / "model" / "model.safetensors");
+}
+
+// The log without what depends on the clock.
+std::vector<nlohmann::json> log_of(const TempDir& dir, const std::string& out) {
+  std::ifstream in(dir.path() / out / "log.jsonl");
+  std::vector<nlohmann::json> lines;
+  for (std::string line; std::getline(in, line);) {
+    lines.push_back(nlohmann::json::parse(line, nullptr, false));
+    if (lines.back().is_object()) lines.back().erase("tokens_per_second");
+  }
+  return lines;
+}
+
+// The lines that moru, rather than mpirun, says an error in.
+std::vector<std::string> errors_in(const std::string& output) {
+  std::vector<std::string> lines;
+  for (size_t at = 0; (at = output.find("moru: ", at)) != std::string::npos; ++at)
+    if (at == 0 || output[at - 1] == '\n')
+      lines.push_back(output.substr(at, output.find('\n', at) - at));
+  return lines;
+}
+
+// The process that is this rank of the run that writes to `out`.
+std::optional<pid_t> process_of(size_t rank, const std::string& out) {
+  for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
+    const std::string name = entry.path().filename().string();
+    pid_t pid = 0;
+    if (std::from_chars(name.data(), name.data() + name.size(), pid).ec != std::errc{}) continue;
+    const auto has = [&](const char* file, const std::string& wanted) {
+      std::ifstream in(entry.path() / file, std::ios::binary);
+      const std::string text(std::istreambuf_iterator<char>(in), {});
+      return ("\0" + text).find(wanted + '\0') != std::string::npos;
+    };
+    std::error_code gone;
+    if (std::filesystem::read_symlink(entry.path() / "exe", gone) ==
+            std::filesystem::canonical(MORU_PROGRAM) &&
+        has("cmdline", out) && has("environ", "OMPI_COMM_WORLD_RANK=" + std::to_string(rank)))
+      return pid;
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+TEST_CASE("gradients of one process are added batch by batch, in order") {
+  OneRank one;
+  Pool pool(2);
+  constexpr size_t kCount = (1 << 16) + 3;  // more than a tile
+  const std::vector<float> terms = {1e8f, 3.5f, -1e8f, 0.25f};
+  const float expected =
+      std::accumulate(terms.begin() + 1, terms.end(), terms[0]);  // another order gives another
+  for (int step = 0; step < 2; ++step) {
+    std::vector<float> gradient;
+    for (size_t i = 0; i < terms.size(); ++i) {
+      gradient.assign(kCount, terms[i]);
+      one.add(pool, gradient, {.first = i, .count = 1, .of = terms.size()});
+    }
+    CHECK(gradient == std::vector<float>(kCount, expected));
+  }
+  std::vector<float> single(3, 7);
+  one.add(pool, single, {.first = 0, .count = 1, .of = 1});
+  CHECK(single == std::vector<float>(3, 7));
+}
+
+TEST_CASE("one, two and four processes learn the same bits by every method") {
+  if (!has_mpirun()) return;
+  const TempDir dir;
+  const std::vector<std::vector<std::string>> methods = {
+      {"--method", "sft", "--epochs", "2"},
+      {"--method", "dpo", "--epochs", "2"},
+      {"--method", "kto", "--epochs", "2"},
+      {"--method", "text", "--epochs", "2", "--recompute", "block"},
+      {"--preset", "full", "--epochs", "2"}};
+  for (const std::vector<std::string>& more : methods) {
+    const std::string name = more[1];
+    CAPTURE(name);
+    dir.file("rows.jsonl", rows(name, 24));
+    for (const size_t ranks : {1, 2, 4}) {
+      CAPTURE(ranks);
+      const std::vector<std::string> words = words_for(dir, name + std::to_string(ranks), more);
+      const Ended ended = run(ranks, words);
+      CAPTURE(ended.output);
+      REQUIRE(ended.code == 0);
+      CHECK(learnt(dir, name + std::to_string(ranks)) == learnt(dir, name + "1"));
+      CHECK(log_of(dir, name + std::to_string(ranks)) == log_of(dir, name + "1"));
+    }
+  }
+}
+
+TEST_CASE("a run whose process is killed says so once, and any number goes on to the same bits") {
+  if (!has_mpirun()) return;
+  const TempDir dir;
+  dir.file("rows.jsonl", rows("sft", 24));
+  const std::vector<std::string> more = {"--epochs", "60", "--save-steps", "1"};
+  REQUIRE(run(1, words_for(dir, "whole", more)).code == 0);
+  for (const size_t killed : {1, 0}) {
+    CAPTURE(killed);
+    const std::string out = "killed" + std::to_string(killed);
+    Program program(mpirun(4, words_for(dir, out, more)), "mpirun");
+    bool was_killed = false;
+    std::thread killer([&] {
+      for (size_t tries = 0; tries < 3000 && !was_killed; ++tries) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+        if (log_of(dir, out).size() < 5 + 10 * killed) continue;
+        const std::optional<pid_t> pid = process_of(killed, (dir.path() / out).string());
+        was_killed = pid && ::kill(*pid, SIGKILL) == 0;
+      }
+    });
+    const Ended ended = program.wait();
+    killer.join();
+    CAPTURE(ended.output);
+    REQUIRE(was_killed);
+    CHECK(ended.code != 0);
+    const std::vector<std::string> said = errors_in(ended.output);
+    REQUIRE(said.size() == 1);
+    CHECK(said[0].starts_with("moru: rank " + std::to_string(killed) + " of 4 was killed"));
+    REQUIRE(!std::filesystem::exists(dir.path() / out / "tune.json"));
+
+    const Ended rest = run(killed + 1, words_for(dir, out, more));  // by one, by two
+    CAPTURE(rest.output);
+    REQUIRE(rest.code == 0);
+    CHECK(rest.output.find("going on from step") != std::string::npos);
+    CHECK(learnt(dir, out) == learnt(dir, "whole"));
+    CHECK(log_of(dir, out) == log_of(dir, "whole"));
+  }
+}
+
+TEST_CASE("an error of all processes is said once, one of a single process names it") {
+  if (!has_mpirun()) return;
+  const TempDir dir;
+  dir.file("rows.jsonl", rows("sft", 24));
+  dir.file("other.jsonl", rows("sft", 25));
+  const std::vector<std::string> words = words_for(dir, "out");
+  std::vector<std::string> missing = words, other = words;
+  missing[2] = (dir.path() / "missing.jsonl").string();
+  other[2] = (dir.path() / "other.jsonl").string();
+  const auto fail = [&](const std::vector<std::string>& all) {
+    const Ended ended = Program(all, "mpirun").wait();
+    CAPTURE(ended.output);
+    CHECK(ended.code != 0);
+    const std::vector<std::string> said = errors_in(ended.output);
+    REQUIRE(said.size() == 1);
+    return said[0];
+  };
+  const auto beside = [&](const std::vector<std::string>& second) {
+    std::vector<std::string> all = mpirun(1, words);
+    for (const char* word : {":", "-n", "1", MORU_PROGRAM}) all.push_back(word);
+    all.insert(all.end(), second.begin(), second.end());
+    return all;
+  };
+  CHECK(fail(mpirun(2, missing)).find("missing.jsonl: cannot open") != std::string::npos);
+  CHECK(fail(beside(missing)).starts_with("moru: rank 1 on "));
+  CHECK(fail(beside(other)).starts_with("moru: rank 1: reads another model or other data"));
+}
+
+TEST_CASE("processes that cannot find each other are refused in one sentence") {
+  ::setenv("PMI_SIZE", "2", 1);  // of an mpirun that is not Open MPI's
+  const Ended ended = run_program({"tune", kModel, "rows.jsonl"});
+  ::unsetenv("PMI_SIZE");
+  CAPTURE(ended.output);
+  CHECK(ended.code == exit_code(ErrorKind::unsupported));
+  const std::vector<std::string> said = errors_in(ended.output);
+  REQUIRE(said.size() == 1);
+  CHECK(said[0].starts_with("moru: mpirun: "));
+}
