@@ -26,9 +26,16 @@ void nibbles_of(const uint8_t* qs, bool high, Codes& out) {
   const int shift = high ? 4 : 0;
   for (size_t l = 0; l < 32; ++l) out[l] = (qs[l] >> shift) & 15;
 }
+// Eight bits at a time: each byte of a word is left its own bit, which a carry moves to its top.
 void fifth_bits(const uint8_t (&qh)[4], Codes& out) {
-  for (size_t e = 0; e < 32; ++e)
-    out[e] = static_cast<uint8_t>(out[e] | ((qh[e / 8] >> (e % 8)) & 1) << 4);
+  constexpr uint64_t kEach = 0x0101010101010101, kOwn = 0x8040201008040201;
+  for (size_t e = 0; e < 4; ++e) {
+    const uint64_t own = qh[e] * kEach & kOwn;
+    uint64_t codes;
+    std::memcpy(&codes, &out[8 * e], sizeof codes);
+    codes |= ((own + 0x7f * kEach) >> 7 & kEach) << 4;
+    std::memcpy(&out[8 * e], &codes, sizeof codes);
+  }
 }
 
 // The codes of unit u of a block: u is 0 in blocks of 32.
