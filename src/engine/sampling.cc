@@ -180,9 +180,9 @@ TokenId Sampler::choose(std::span<float> logits, const SamplingOptions& o,
   if (o.top_k == 0 && o.top_p == 1 && o.min_p == 0 && o.typical_p == 1)
     return draw_from_all(logits, best, total, uniform);
   gather_candidates(logits, o, best, total);
-  double left = uniform * keep_candidates(o, best, total);
+  double left = uniform * keep_candidates(o, total);
   for (const Candidate& c : candidates_) {
-    left -= std::exp(double{c.logit} - double{best});
+    left -= c.weight;
     if (left < 0) return c.id;
   }
   return candidates_.back().id;
@@ -219,65 +219,96 @@ void Sampler::gather_candidates(Floats logits, const SamplingOptions& o, float b
   // What min-p cuts off still counts where shares are taken of the candidates alone.
   const bool cut = o.min_p > 0 && o.typical_p == 1 && (o.top_p == 1 || o.top_k == 0);
   const float deepest = cut ? std::min(kDeepest, -std::log(o.min_p) + 1e-3f) : kDeepest;
-  for (float depth = std::min(4.0f, deepest);; depth = std::min(2 * depth, deepest)) {
+  float weights[kColumns];
+  // What is typical is a matter of all of them.
+  for (float depth = o.typical_p < 1 && o.top_k == 0 ? deepest : std::min(4.0f, deepest);;
+       depth = std::min(2 * depth, deepest)) {
     candidates_.clear();
     double mass = 0;
     for (size_t c = 0; c < masses_.size(); ++c) {
       if (masses_[c].max < best - depth) continue;
       const Floats x = part(logits, c);
+      Mass again;
+      float_kernels().exp_sum(x.data(), x.size(), weights, &again.max, &again.sum);
+      const double factor = std::exp(double{again.max} - double{best});
       for (size_t i = 0; i < x.size(); ++i) {
         if (x[i] < best - depth) continue;
-        candidates_.push_back({x[i], static_cast<TokenId>(c * kColumns + i)});
-        mass += std::exp(double{x[i]} - double{best});
+        const double weight = double{weights[i]} * factor;
+        candidates_.push_back({x[i], static_cast<TokenId>(c * kColumns + i), weight});
+        mass += weight;
       }
     }
     if (depth >= deepest) break;
     if (o.top_k != 0 && candidates_.size() >= o.top_k) break;
     if (o.top_k == 0 && o.typical_p == 1 && mass >= double{o.top_p} * total) break;
   }
-  if (o.top_k != 0 && o.top_k < candidates_.size()) {
-    std::nth_element(candidates_.begin(), candidates_.begin() + static_cast<ptrdiff_t>(o.top_k),
-                     candidates_.end(), before<Candidate>);
-    candidates_.resize(o.top_k);
-  }
-  std::sort(candidates_.begin(), candidates_.end(), before<Candidate>);
 }
 
-// Applies typical, top-p and min-p; returns the weight of what is left, best first.
-double Sampler::keep_candidates(const SamplingOptions& o, float best, double total) {
-  const auto weight = [&](const Candidate& c) { return std::exp(double{c.logit} - double{best}); };
-  if (o.top_k != 0 || o.typical_p < 1) {
-    total = 0;
-    for (const Candidate& c : candidates_) total += weight(c);
-  }
-  if (o.typical_p < 1) {
-    const auto log_p = [&](const Candidate& c) {
-      return double{c.logit} - double{best} - std::log(total);
-    };
-    double entropy = 0;
-    for (const Candidate& c : candidates_) entropy -= weight(c) / total * log_p(c);
-    const auto distance = [&](const Candidate& c) { return std::abs(entropy + log_p(c)); };
-    std::stable_sort(
-        candidates_.begin(), candidates_.end(),
-        [&](const Candidate& a, const Candidate& b) { return distance(a) < distance(b); });
-    double sum = 0;
-    size_t kept = 0;
-    while (kept < candidates_.size() && (kept == 0 || sum < double{o.typical_p} * total))
-      sum += weight(candidates_[kept++]);
-    candidates_.resize(kept);
-    std::sort(candidates_.begin(), candidates_.end(), before<Candidate>);
-    total = sum;
-  }
+// Keeps the first candidates in the order of `less` whose weights reach `wanted`, at least one;
+// returns their weight. Nothing is sorted but a last few: halves are split off, each time around
+// the middle one, and the kept ones stay in the order of ids.
+template <typename Less>
+double Sampler::keep_first(double wanted, const Less& less) {
+  constexpr size_t kFew = 32;
+  ranked_ = candidates_;
+  auto begin = ranked_.begin(), end = ranked_.end();
   double sum = 0;
-  size_t kept = 0;
-  const double least = double{o.min_p} * weight(candidates_.front());
-  for (const Candidate& c : candidates_) {
-    if (kept > 0 && (sum >= double{o.top_p} * total || weight(c) < least)) break;
-    sum += weight(c);
-    ++kept;
+  while (static_cast<size_t>(end - begin) > kFew) {
+    const auto middle = begin + (end - begin) / 2;
+    std::nth_element(begin, middle, end, less);
+    double half = 0;
+    for (auto c = begin; c != middle; ++c) half += c->weight;
+    if (sum + half >= wanted) {
+      end = middle;
+    } else {
+      sum += half;
+      begin = middle;
+    }
   }
-  candidates_.resize(kept);
+  std::sort(begin, end, less);
+  auto last = begin;
+  for (sum += last->weight; sum < wanted && last + 1 != end; sum += last->weight) ++last;
+  keep_until(*last, less);
   return sum;
+}
+
+template <typename Less>
+void Sampler::keep_until(Candidate last, const Less& less) {
+  std::erase_if(candidates_, [&](const Candidate& c) { return less(last, c); });
+}
+
+// Applies top-k, typical, top-p and min-p; returns the weight of what is left.
+double Sampler::keep_candidates(const SamplingOptions& o, double total) {
+  const auto weigh = [&] {
+    double sum = 0;
+    for (const Candidate& c : candidates_) sum += c.weight;
+    return sum;
+  };
+  if (o.top_k != 0 && o.top_k < candidates_.size()) {
+    ranked_ = candidates_;
+    const auto last = ranked_.begin() + static_cast<ptrdiff_t>(o.top_k) - 1;
+    std::nth_element(ranked_.begin(), last, ranked_.end(), before<Candidate>);
+    keep_until(*last, before<Candidate>);
+  }
+  if (o.top_k != 0 || o.typical_p < 1) total = weigh();
+  if (o.typical_p < 1) {
+    // The surprise of a token is center − logit above the expected one, in nats.
+    double center = 0;
+    for (const Candidate& c : candidates_) center += c.weight / total * double{c.logit};
+    const auto distance = [&](const Candidate& c) { return std::abs(double{c.logit} - center); };
+    total = keep_first(double{o.typical_p} * total, [&](const Candidate& a, const Candidate& b) {
+      const double to_a = distance(a), to_b = distance(b);
+      return to_a != to_b ? to_a < to_b : before(a, b);
+    });
+  }
+  if (o.top_p < 1) total = keep_first(double{o.top_p} * total, before<Candidate>);
+  if (o.min_p > 0) {
+    double most = 0;
+    for (const Candidate& c : candidates_) most = std::max(most, c.weight);
+    std::erase_if(candidates_,
+                  [&](const Candidate& c) { return c.weight < double{o.min_p} * most; });
+  }
+  return weigh();
 }
 
 std::vector<std::pair<TokenId, float>> top_logits(Floats logits, size_t count) {

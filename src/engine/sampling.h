@@ -57,6 +57,7 @@ class Sampler {
   struct Candidate {
     float logit;  // over the temperature
     TokenId id;
+    double weight;  // exp(logit − the best's)
   };
   // Max and Σ exp(x − max) of a part of a row.
   struct Mass {
@@ -68,9 +69,14 @@ class Sampler {
                             const SamplingContext& context);
   TokenId draw_from_all(Floats logits, float best, double total, double uniform) const;
   void gather_candidates(Floats logits, const SamplingOptions& o, float best, double total);
-  double keep_candidates(const SamplingOptions& o, float best, double total);
+  double keep_candidates(const SamplingOptions& o, double total);
+  template <typename Less>
+  double keep_first(double wanted, const Less& less);
+  template <typename Less>
+  void keep_until(Candidate last, const Less& less);
 
-  std::vector<Candidate> candidates_;
+  std::vector<Candidate> candidates_;  // in the order of ids
+  std::vector<Candidate> ranked_;
   std::vector<Mass> masses_;
   std::vector<int32_t> counts_;  // by token; all 0 between calls
   std::vector<TokenId> counted_;
