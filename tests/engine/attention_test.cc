@@ -55,7 +55,7 @@ std::pair<std::vector<double>, std::vector<double>> defined(const AttentionShape
     for (size_t h = 0; h < s.heads; ++h) {
       const size_t kv = h / (s.heads / s.kv_heads) * s.head_dim;
       const size_t first = s.window == 0 || t + 1 < s.window ? 0 : t + 1 - s.window;
-      double sum = 0;
+      double sum = s.sinks == nullptr ? 0 : std::exp(double{s.sinks[h]});
       for (size_t j = first; j <= t; ++j) {
         double score = 0;
         for (size_t d = 0; d < s.head_dim; ++d)
@@ -154,6 +154,23 @@ TEST_CASE("attend_cached over f32 agrees with the definition in double") {
       const Tokens x = tokens_for(s, tokens, tokens);
       const std::vector<float> out = run_cached(pool, s, KvType::f32, x, tokens, {tokens});
       CHECK(furthest(out, defined(s, tokens, x.q, x.k, x.v).first) <= tolerance(s));
+    }
+  }
+}
+
+TEST_CASE("a head's sink takes its share of the softmax and gives nothing") {
+  Pool pool(2);
+  const std::vector<float> sinks = {-3, 0.5f, 2, 9};
+  AttentionShape s = shape_of(4, 2, 64);
+  s.sinks = sinks.data();
+  for (const size_t window : {0, 40}) {
+    s.window = window;
+    for (const size_t tokens : {1, 65, 600}) {
+      CAPTURE(tokens);
+      const Tokens x = tokens_for(s, tokens, tokens);
+      const std::vector<float> out = run_cached(pool, s, KvType::f32, x, tokens, {tokens});
+      CHECK(furthest(out, defined(s, tokens, x.q, x.k, x.v).first) <= tolerance(s));
+      CHECK(same_bits(out, run_cached(pool, s, KvType::f32, x, tokens, {1, 7})));
     }
   }
 }

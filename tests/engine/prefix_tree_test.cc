@@ -206,6 +206,32 @@ TEST_CASE("with windows a beginning is resumed only where the window's pages are
   CHECK(tree.empty());
 }
 
+TEST_CASE("where all layers are windowed, nodes run out first: the least recently used goes") {
+  KvShape windowed{.layers = 2, .kv_heads = 1, .head_dim = kDim};
+  windowed.window = 50;
+  windowed.windowed = {true, true};
+  KvCache cache(windowed, 16);
+  PrefixTree tree(cache);
+  const std::vector<TokenId> a = numbers(7 * 64), b = numbers(7 * 64, 1000),
+                             c = numbers(7 * 64, 2000);
+  // A whole sequence takes seven nodes and, behind its window, two pages.
+  const auto keep = [&](const std::vector<TokenId>& tokens) {
+    KvSequence s = cache.make_sequence();
+    for (size_t until = 64; until <= tokens.size(); until += 64) compute(cache, tokens, s, until);
+    tree.keep(tokens, s, PrefixTree::At::end);
+  };
+  keep(a);
+  keep(b);
+  REQUIRE(cache.free_pages() > 8);
+  KvSequence s;
+  REQUIRE(tree.resume(a, s) == a.size());
+  s = {};
+  keep(c);
+  CHECK(tree.known(a) == a.size());
+  CHECK(tree.known(b) == 0);
+  CHECK(tree.known(c) == c.size());
+}
+
 TEST_CASE("whatever is kept, resumed and evicted, a resumed sequence holds its own past") {
   const auto seed =
       static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count());
