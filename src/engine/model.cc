@@ -20,6 +20,7 @@ struct Forget {
   const Tensor& tensor;
   ~Forget() {
     if (files.gguf) files.gguf->forget(tensor.data);
+    if (files.folder) files.folder->forget(tensor.data);
   }
 };
 

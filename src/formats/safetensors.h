@@ -26,6 +26,11 @@ class SafetensorsFile {
   const Tensor* find(std::string_view name) const;  // nullptr if absent
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
+  // Gives back the memory of a tensor's data, which may still be read (base/files.h).
+  void forget(std::span<const std::byte> data) const {
+    if (file_) file_->forget(data);
+  }
+
  private:
   void parse(std::span<const std::byte> bytes);
 
@@ -43,6 +48,11 @@ class SafetensorsFolder {
 
   std::vector<const Tensor*> tensors() const;
   const Tensor* find(std::string_view name) const;  // nullptr if absent
+
+  // Gives back the memory of a tensor's data, whichever file has it.
+  void forget(std::span<const std::byte> data) const {
+    for (const SafetensorsFile& file : files_) file.forget(data);
+  }
 
  private:
   std::vector<SafetensorsFile> files_;
