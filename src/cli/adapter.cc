@@ -28,7 +28,7 @@ void convert_adapter(const AdapterCommandFlags& flags) {
   else if (flags.to == "hf")
     write_merged_folder(flags.out, files, lora, type, flags.shard_mb * 1'000'000);
   else
-    write_peft_adapter(flags.out, lora, flags.model);
+    write_peft_adapter(flags.out, lora, files.config, flags.model);
   fmt::print("{}\n", flags.out);
 }
 

@@ -252,7 +252,7 @@ void add_tune(CLI::App& app) {
   cmd->add_option("--loraplus-lr-ratio", o.learnt.lora_plus_ratio,
                   "LoRA+: learning rate of B over that of A");
   cmd->add_option("--modules-to-save", o.learnt.modules_to_save,
-                  "weights learnt whole beside the adapter: embed_tokens, lm_head, norm")
+                  "weights learnt whole beside the adapter, and kept with it: embed_tokens, lm_head, norm")
       ->delimiter(',');
   cmd->add_flag("--full", o.learnt.full, "learn every weight instead of an adapter");
   cmd->add_option("--freeze-layers", o.learnt.frozen_layers,

@@ -389,6 +389,12 @@ const Family& family_of_folder(const std::string& where, const Json& config) {
   refuse_family(where, name, &KnownFamily::architecture);
 }
 
+const Family& family_of(const Config& config) {
+  for (const Family& family : kFamilies)
+    if (family.name == config.family) return family;
+  MORU_CHECK(false);
+}
+
 bool gguf_interleaves_qk(const Family& family) { return family.gguf_interleaves_qk; }
 bool folder_interleaves_qk(const Family& family) { return family.folder_interleaves_qk; }
 float norm_offset_of(const Family& family) { return family.norm_offset; }
@@ -405,6 +411,22 @@ std::string folder_name_of(const Family& family, std::string_view name) {
     for (const NamePair& pair : group)
       if (pair.gguf == rest && pair.form == FolderForm::plain)
         return fmt::format("model.layers.{}.{}", layer, pair.folder);
+  return "";
+}
+
+std::string gguf_name_of(const Family& family, std::string_view name) {
+  for (const NamePair& pair : kModelNames)
+    if (pair.folder == name) return std::string(pair.gguf);
+  constexpr std::string_view kLayers = "model.layers.";
+  if (!name.starts_with(kLayers)) return "";
+  name.remove_prefix(kLayers.size());
+  const size_t dot = name.find('.');
+  if (dot == std::string_view::npos) return "";
+  const std::string_view layer = name.substr(0, dot), rest = name.substr(dot + 1);
+  for (const auto& group : family.block_names)
+    for (const NamePair& pair : group)
+      if (pair.folder == rest && pair.form == FolderForm::plain)
+        return fmt::format("blk.{}.{}", layer, pair.gguf);
   return "";
 }
 

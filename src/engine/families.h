@@ -17,6 +17,8 @@ struct Family;  // a row of the table: family_table.h
 const Family& family_of_gguf(const GgufMetadata& metadata);
 // By config.json's architectures[0]. Errors as above.
 const Family& family_of_folder(const std::string& where, const nlohmann::json& config);
+// The row that a Config was made by.
+const Family& family_of(const Config& config);
 
 // Whether a GGUF, or a folder, of the family keeps rows of q and k in adjacent pairs.
 bool gguf_interleaves_qk(const Family& family);
@@ -40,5 +42,7 @@ GgufMetadata gguf_metadata_of(const Family& family, const Config& config);
 
 // A folder's name of a GGUF's tensor that both store alike, or "".
 std::string folder_name_of(const Family& family, std::string_view gguf_name);
+// And back.
+std::string gguf_name_of(const Family& family, std::string_view folder_name);
 
 }  // namespace moru

@@ -68,8 +68,8 @@ void bias_gradient(LoraTraining::State& s, const Vector& bias, const Rows& dy) {
   });
 }
 
-// The gradient by a sub-layer's output, from dx by the stream that it was added to; `own`: in memory
-// that may be changed.
+// The gradient by a sub-layer's output, from dx by the stream that it was added to; `own`: in
+// memory that may be changed.
 Rows output_gradient(LoraTraining::State& s, const Vector& post_norm, const Rows& sub,
                      const float* rms_post, bool own) {
   const Config& c = s.config();

@@ -9,6 +9,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 
 #include "base/error.h"
 #include "base/files.h"
@@ -27,6 +28,8 @@ using nlohmann::ordered_json;
 
 constexpr std::string_view kConfigName = "adapter_config.json";
 constexpr std::string_view kWeightsName = "adapter_model.safetensors";
+constexpr std::string_view kPeftPrefix = "base_model.model.";
+constexpr std::string_view kEmbedding = "token_embd.weight", kHead = "output.weight";
 
 std::string names_of_all_targets() {
   std::string all;
@@ -93,7 +96,7 @@ std::string module_name(size_t layer, Projection projection) {
 // What of adapter_config.json changes the computation.
 struct PeftConfig {
   double alpha = 8;
-  bool rank_stabilised = false, dora = false;
+  bool rank_stabilised = false, dora = false, ties = false;
   std::vector<std::pair<Regex, double>> alpha_pattern;  // of module names; the first match counts
 };
 
@@ -109,9 +112,8 @@ PeftConfig read_config(const std::filesystem::path& file) {
   };
   if (j.value("peft_type", "LORA") != "LORA")
     refuse_config(file, "peft_type", "is " + j["peft_type"].dump());
-  for (const char* key :
-       {"use_qalora", "modules_to_save", "fan_in_fan_out", "lora_bias",
-        "target_parameters", "trainable_token_indices", "layer_replication"})
+  for (const char* key : {"use_qalora", "fan_in_fan_out", "lora_bias", "target_parameters",
+                          "trainable_token_indices", "layer_replication"})
     if (truthy(key)) refuse_config(file, key, "is set, which moru does not compute");
   if (const auto bias = j.find("bias"); bias != j.end() && *bias != "none")
     refuse_config(file, "bias", "trained biases are not computed");
@@ -124,6 +126,8 @@ PeftConfig read_config(const std::filesystem::path& file) {
   }
   config.rank_stabilised = truthy("use_rslora");
   config.dora = truthy("use_dora");
+  // Without modules of its own, PEFT puts what it finds into the model itself.
+  config.ties = truthy("ensure_weight_tying") || !truthy("modules_to_save");
   if (const auto pattern = j.find("alpha_pattern"); pattern != j.end() && pattern->is_object()) {
     for (const auto& [key, value] : pattern->items()) {
       if (!value.is_number())
@@ -145,6 +149,24 @@ double alpha_of(const PeftConfig& config, const std::string& module) {
 
 void copy_values(const Tensor& tensor, std::span<float> out) {
   dequantize(tensor.type, tensor.data, out);
+}
+
+// Of a model whose head is its embedding: an adapter that has learnt both at once has learnt the
+// embedding; one that has not leaves the model with a head of its own.
+void tie_head(const std::filesystem::path& file, bool ties, Lora& lora) {
+  const WholeWeight *embedding = lora.find_whole(kEmbedding), *head = lora.find_whole(kHead);
+  if (embedding == nullptr) return;
+  if (head == nullptr && !ties)
+    refuse_config(file, "ensure_weight_tying",
+                  "is not set: the adapter learnt the embedding and kept the head as it was, which "
+                  "are one in this model");
+  if (head == nullptr || !std::ranges::equal(lora.of(*embedding), lora.of(*head))) return;
+  const size_t from = head->at, count = head->count();
+  const auto at = lora.values.begin() + static_cast<std::ptrdiff_t>(from);
+  lora.values.erase(at, at + static_cast<std::ptrdiff_t>(count));
+  std::erase_if(lora.whole, [](const WholeWeight& w) { return w.name == kHead; });
+  for (WholeWeight& weight : lora.whole)
+    if (weight.at > from) weight.at -= count;
 }
 
 // GGUF's llama order of rows within a head (adjacent pairs) to the half-split order of B's rows.
@@ -214,6 +236,7 @@ Lora read_peft_adapter(const std::filesystem::path& folder, const Config& config
     const Tensor *a = nullptr, *b = nullptr, *magnitude = nullptr;
   };
   std::vector<std::array<Parts, kProjections>> parts(config.layers);
+  std::vector<const Tensor*> whole;
   Lora lora;
   lora.rank_stabilised = peft.rank_stabilised;
   lora.dora = peft.dora;
@@ -225,14 +248,26 @@ Lora read_peft_adapter(const std::filesystem::path& folder, const Config& config
                  .cure = "use the adapter with the model that it was trained on"});
   };
   for (const Tensor* tensor : files.tensors()) {
-    constexpr std::pair<std::string_view, const Tensor* Parts::*> kSuffixes[] = {
+    constexpr std::pair<std::string_view, const Tensor * Parts::*> kSuffixes[] = {
         {".lora_A.weight", &Parts::a},
         {".lora_B.weight", &Parts::b},
         {".lora_magnitude_vector", &Parts::magnitude}};
     const std::string_view name = tensor->name;
     const auto found = std::find_if(std::begin(kSuffixes), std::end(kSuffixes),
                                     [&](const auto& s) { return name.ends_with(s.first); });
-    if (found == std::end(kSuffixes)) refuse(*tensor, "is not a LoRA matrix of a linear layer");
+    if (found == std::end(kSuffixes)) {
+      const std::string weight =
+          gguf_name_of(family_of(config), name.substr(std::min(name.size(), kPeftPrefix.size())));
+      if (!name.starts_with(kPeftPrefix) || weight.empty())
+        refuse(*tensor, "is no LoRA matrix of a linear layer and no weight that moru knows");
+      if (tensor->shape.empty() || tensor->shape.size() > 2 || !is_float(tensor->type))
+        refuse(*tensor, "is not a matrix of floats");
+      whole.push_back(tensor);
+      lora.whole.push_back({.name = weight,
+                            .rows = tensor->shape.size() == 2 ? tensor->shape[0] : 1,
+                            .cols = tensor->shape.back()});
+      continue;
+    }
     const auto& [suffix, part] = *found;
     const auto place = place_of_module(name.substr(0, name.size() - suffix.size()));
     if (!place || place->layer >= config.layers ||
@@ -269,11 +304,27 @@ Lora read_peft_adapter(const std::filesystem::path& folder, const Config& config
       if (peft.dora) copy_values(*magnitude, lora.magnitude(pair));
     }
   }
+  for (size_t i = 0; i < whole.size(); ++i) {
+    const std::span<float> values = lora.of(lora.whole[i]);
+    copy_values(*whole[i], values);
+    if (lora.whole[i].name.ends_with("norm.weight"))
+      for (float& value : values) value += norm_offset_of(family_of(config));
+  }
+  if (config.tied_head) tie_head(config_file, peft.ties, lora);
   return lora;
 }
 
-void write_peft_adapter(const std::filesystem::path& folder, const Lora& lora,
+std::string peft_module_of(const Config& config, std::string_view weight) {
+  const std::string name = folder_name_of(family_of(config), weight);
+  return name.empty() ? name : name.substr(0, name.rfind('.'));
+}
+
+void write_peft_adapter(const std::filesystem::path& folder, const Lora& lora, const Config& config,
                         const std::string& base_model) {
+  if (!lora.has_pairs())
+    throw Error(ErrorKind::unsupported, {.where = folder.string(),
+                                         .what = "PEFT has no adapter without low-rank matrices",
+                                         .cure = "merge it into its model instead"});
   make_folder(folder);
   std::vector<Tensor> tensors;
   std::map<std::string, size_t> ranks;
@@ -291,7 +342,7 @@ void write_peft_adapter(const std::filesystem::path& folder, const Lora& lora,
       const std::string module = module_name(l, static_cast<Projection>(p));
       if (pair.rank != first->rank) ranks[module] = pair.rank;
       if (pair.alpha != first->alpha) alphas[module] = pair.alpha;
-      const std::string prefix = "base_model.model." + module;
+      const std::string prefix = std::string(kPeftPrefix) + module;
       tensors.push_back({prefix + ".lora_A.weight",
                          DType::f32,
                          {pair.rank, pair.in},
@@ -307,7 +358,30 @@ void write_peft_adapter(const std::filesystem::path& folder, const Lora& lora,
                            std::as_bytes(lora.magnitude(pair))});
     }
   }
-  MORU_CHECK(first != nullptr);
+  std::set<std::string> modules;
+  std::vector<std::vector<float>> stored;  // norms as files have them
+  for (const WholeWeight& weight : lora.whole) {
+    const std::string name = folder_name_of(family_of(config), weight.name);
+    MORU_CHECK(!name.empty());
+    modules.insert(peft_module_of(config, weight.name));
+    std::span<const float> values = lora.of(weight);
+    const float offset = norm_offset_of(family_of(config));
+    if (weight.name.ends_with("norm.weight") && offset != 0) {
+      std::vector<float>& copy = stored.emplace_back(values.begin(), values.end());
+      for (float& value : copy) value -= offset;
+      values = copy;
+    }
+    const auto add = [&](std::string_view as) {
+      std::vector<size_t> shape = {weight.cols};
+      if (weight.rows > 1) shape.insert(shape.begin(), weight.rows);
+      tensors.push_back({std::string(kPeftPrefix).append(as), DType::f32, std::move(shape),
+                         std::as_bytes(values)});
+    };
+    add(name);
+    // As PEFT writes a head that is the embedding.
+    if (config.tied_head && weight.name == kEmbedding && lora.find_whole(kHead) == nullptr)
+      add(folder_name_of(family_of(config), kHead));
+  }
   // The smallest set of keys: readers take defaults for the rest, old ones refuse what they do not
   // know.
   json j = {{"alpha_pattern", alphas},  {"base_model_name_or_path", base_model},
@@ -324,6 +398,10 @@ void write_peft_adapter(const std::filesystem::path& folder, const Lora& lora,
     if (adapted[p]) j["target_modules"].push_back(traits(static_cast<Projection>(p)).name);
   if (layers.size() != lora.layers.size()) j["layers_to_transform"] = layers;
   if (lora.dora) j["use_dora"] = true;
+  if (!modules.empty()) j["modules_to_save"] = modules;
+  if (config.tied_head && modules.contains(peft_module_of(config, kEmbedding)) &&
+      lora.find_whole(kHead) == nullptr)
+    j["ensure_weight_tying"] = true;
   write_safetensors(folder / kWeightsName, tensors, {{"format", "pt"}});
   write_file(folder / kConfigName, j.dump(2) + "\n");
 }
@@ -357,6 +435,11 @@ StoredPlaces places_of_tensor(const Tensor& tensor, const Config& c) {
   return places;
 }
 
+// Whether a model whose head is its embedding gets one that is not.
+bool has_own_head(const Config& config, const Lora& lora) {
+  return config.tied_head && lora.find_whole(kHead) != nullptr;
+}
+
 // w [out, in] += s · B·A, its rows in the file's order; DoRA then gives each row its length.
 void add_product(const Lora& lora, const LoraPair& pair, bool turned, size_t head_dim, float* w) {
   const std::span<const float> a = lora.a(pair), b = lora.b(pair);
@@ -374,6 +457,30 @@ void add_product(const Lora& lora, const LoraPair& pair, bool turned, size_t hea
     const double length = double{lora.magnitude(pair)[from]};
     const auto stretch = static_cast<float>(squares > 0 ? length / std::sqrt(squares) : 0);
     for (float& x : sum) x *= stretch;
+  }
+}
+
+// What was learnt whole has a place in these files.
+void check_whole(const ModelFiles& files, const Lora& lora) {
+  for (const WholeWeight& weight : lora.whole) {
+    const auto holds = [&](const Tensor& tensor) {
+      if (tensor.name == weight.name) return tensor.count() == weight.count();
+      const StoredPlaces places = places_of_tensor(tensor, files.config);
+      return std::ranges::any_of(places.projections, [&](const Stored& stored) {
+        const LoraPair& pair = lora.layers.at(places.layer)[static_cast<size_t>(stored.projection)];
+        return weight.rows == pair.out && weight.cols == pair.in &&
+               weight.name ==
+                   fmt::format("blk.{}.{}.weight", places.layer, traits(stored.projection).gguf);
+      });
+    };
+    const bool own_head = has_own_head(files.config, lora) && weight.name == kHead &&
+                          weight.rows == files.config.vocab && weight.cols == files.config.width;
+    if (!own_head && std::ranges::none_of(files.tensors, holds))
+      throw Error(ErrorKind::bad_input,
+                  {.where = files.path.string(),
+                   .what = fmt::format("has no {} of [{}, {}], which the adapter learnt whole",
+                                       weight.name, weight.rows, weight.cols),
+                   .cure = "use the adapter with the model that it was trained on"});
   }
 }
 
@@ -478,6 +585,7 @@ void interleave_rows(std::vector<float>& values, size_t rows, size_t head_dim) {
 
 void write_merged_gguf(const std::filesystem::path& path, const ModelFiles& files, const Lora& lora,
                        DType type) {
+  check_whole(files, lora);
   const bool turn = !files.qk_interleaved && gguf_interleaves_qk(*files.family);
   Spill spill(path);
   std::vector<float> values;
@@ -490,6 +598,10 @@ void write_merged_gguf(const std::filesystem::path& path, const ModelFiles& file
     if (files.norm_offset != 0 && tensor.name.ends_with("norm.weight"))
       for (float& value : values) value += files.norm_offset;
     spill.add(tensor.name, matrix ? type : DType::f32, tensor.shape, values);
+  }
+  if (has_own_head(files.config, lora)) {
+    const WholeWeight& head = *lora.find_whole(kHead);
+    spill.add(head.name, type, {head.rows, head.cols}, lora.of(head));
   }
   // general.file_type as ggml counts it.
   GgufMetadata metadata = files.metadata;
@@ -587,8 +699,9 @@ ordered_json folder_config_of(const ModelFiles& files) {
   return j;
 }
 
-// What a GGUF's metadata says, as the other files of a folder.
-void write_folder_files(const std::filesystem::path& folder, const ModelFiles& files, DType type) {
+// What a GGUF's metadata says, as the other files of a folder: their names and texts.
+std::vector<std::pair<std::string, std::string>> folder_files_of(const ModelFiles& files,
+                                                                 DType type, bool own_head) {
   const TokenizerFolder tokenizer = tokenizer_folder_of(files.metadata);
   const Tokenizer& ids = files.tokenizer;
   ordered_json config = folder_config_of(files);
@@ -601,17 +714,19 @@ void write_folder_files(const std::filesystem::path& folder, const ModelFiles& f
   if (!files.config.rope.divisors.empty()) config["rope_scaling"] = rope_scaling_of(files);
   for (const Tensor& tensor : files.tensors)
     if (tensor.name == "blk.0.attn_q.bias") config["attention_bias"] = true;
+  if (own_head) config["tie_word_embeddings"] = false;
   config["dtype"] = dtype_name(type);
-  write_file(folder / "config.json", config.dump(2) + "\n");
-  write_file(folder / "generation_config.json", generation.dump(2) + "\n");
-  write_file(folder / "tokenizer.json", tokenizer.tokenizer.dump(1) + "\n");
   ordered_json about = tokenizer.config;
   about["model_max_length"] = files.config.context;
-  write_file(folder / "tokenizer_config.json", about.dump(2) + "\n");
+  return {{"config.json", config.dump(2) + "\n"},
+          {"generation_config.json", generation.dump(2) + "\n"},
+          {"tokenizer.json", tokenizer.tokenizer.dump(1) + "\n"},
+          {"tokenizer_config.json", about.dump(2) + "\n"}};
 }
 
 // Those of a folder, as they are.
-void copy_folder_files(const std::filesystem::path& folder, const ModelFiles& files, DType type) {
+void copy_folder_files(const std::filesystem::path& folder, const ModelFiles& files, DType type,
+                       bool own_head) {
   for (const auto& entry : std::filesystem::directory_iterator(files.path)) {
     const std::string name = entry.path().filename().string();
     if (!entry.is_regular_file() || name.ends_with(".safetensors") || name.ends_with(".bin") ||
@@ -622,6 +737,7 @@ void copy_folder_files(const std::filesystem::path& folder, const ModelFiles& fi
   ordered_json config = ordered_json::parse(read_file(files.path / "config.json"));
   config.erase("torch_dtype");
   config["dtype"] = dtype_name(type);
+  if (own_head) config["tie_word_embeddings"] = false;
   write_file(folder / "config.json", config.dump(2) + "\n");
 }
 
@@ -638,20 +754,29 @@ void split_rows(std::vector<float>& values, size_t rows, size_t head_dim) {
 
 void write_merged_folder(const std::filesystem::path& folder, const ModelFiles& files,
                          const Lora& lora, DType type, size_t shard_bytes) {
-  make_folder(folder);
+  // All that can be refused is, before anything is written.
+  check_whole(files, lora);
   const Family& family = *files.family;
-  const bool from_gguf = !files.folder;
-  if (from_gguf) write_folder_files(folder, files, type);  // refuses before the work
-  Spill spill(folder / "model");
-  std::vector<float> values;
+  const bool from_gguf = !files.folder, own_head = has_own_head(files.config, lora);
+  std::vector<std::pair<std::string, std::string>> others;
+  if (from_gguf) others = folder_files_of(files, type, own_head);
+  std::vector<std::pair<const Tensor*, std::string>> named;
   for (const Tensor& tensor : files.tensors) {
-    const std::string name = folder_name_of(family, tensor.name);
+    std::string name = folder_name_of(family, tensor.name);
     // Rotary factors, which stand in config.json.
     if (name.empty() && tensor.shape.size() == 1) continue;
     if (name.empty())
       throw Error(ErrorKind::unsupported, {.where = files.path.string() + ": " + tensor.name,
                                            .what = "has no name in a Hugging Face folder",
                                            .cure = "merge to GGUF"});
+    named.emplace_back(&tensor, std::move(name));
+  }
+  make_folder(folder);
+  for (const auto& [name, text] : others) write_file(folder / name, text);
+  Spill spill(folder / "model");
+  std::vector<float> values;
+  for (const auto& [pointer, name] : named) {
+    const Tensor& tensor = *pointer;
     values.resize(tensor.count());
     merged_values(files, lora, tensor, values);
     if (from_gguf && files.qk_interleaved && is_query_or_key(tensor.name))
@@ -660,8 +785,12 @@ void write_merged_folder(const std::filesystem::path& folder, const ModelFiles& 
       for (float& value : values) value -= norm_offset_of(family);
     spill.add(name, type, tensor.shape, values);
   }
+  if (own_head) {
+    const WholeWeight& head = *lora.find_whole(kHead);
+    spill.add(folder_name_of(family, kHead), type, {head.rows, head.cols}, lora.of(head));
+  }
   write_safetensors_folder(folder, spill.finish(), shard_bytes);
-  if (!from_gguf) copy_folder_files(folder, files, type);
+  if (!from_gguf) copy_folder_files(folder, files, type, own_head);
 }
 
 void write_gguf_adapter(const std::filesystem::path& path, const ModelFiles& files,

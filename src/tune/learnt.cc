@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "engine/weights.h"
+#include "tune/adapter.h"
 
 namespace moru {
 namespace {
@@ -27,10 +28,43 @@ bool is_below(const std::string& name, size_t layers) {
   return false;
 }
 
+// A weight that an adapter already learnt whole is one of the model.
+void check_present(std::span<const NamedWeight> weights, const WholeWeight& whole) {
+  const auto found =
+      std::ranges::find_if(weights, [&](const NamedWeight& w) { return w.name == whole.name; });
+  if (found == weights.end() || found->rows() != whole.rows || found->cols() != whole.cols)
+    throw Error(
+        ErrorKind::bad_input,
+        {.where = "--adapter",
+         .what = fmt::format("the model has no {} of [{}, {}], which the adapter learnt whole",
+                             whole.name, whole.rows, whole.cols),
+         .cure = "use the model that it was trained on, or merge the adapter first"});
+}
+
+// What is learnt whole beside pairs ends in a PEFT folder, where a module is one or the other.
+void check_peft(const Config& config, const Lora& lora) {
+  const auto refuse = [](const WholeWeight& whole, const char* what, const char* cure) {
+    throw Error(ErrorKind::usage,
+                {.where = "--modules-to-save: " + whole.name, .what = what, .cure = cure});
+  };
+  for (const WholeWeight& whole : lora.whole) {
+    const std::string module = peft_module_of(config, whole.name);
+    if (module.empty())
+      refuse(whole, "is no module of the model's Hugging Face folder", "use --full");
+    for (size_t l = 0; l < lora.layers.size(); ++l)
+      for (size_t p = 0; p < kProjections; ++p)
+        if (lora.layers[l][p].rank != 0 &&
+            module ==
+                fmt::format("model.layers.{}.{}", l, traits(static_cast<Projection>(p)).module))
+          refuse(whole, "has an adapter already", "leave it out, or out of --target-modules");
+  }
+}
+
 }  // namespace
 
 void add_whole(Pool& pool, Model& model, const LearntOptions& options, DType type, Lora& lora) {
   const std::vector<NamedWeight> weights = weights_of(model);
+  for (const WholeWeight& had : lora.whole) check_present(weights, had);
   const auto add = [&](const NamedWeight& w) {
     lora.whole.push_back({.name = w.name, .rows = w.rows(), .cols = w.cols()});
   };
@@ -60,11 +94,12 @@ void add_whole(Pool& pool, Model& model, const LearntOptions& options, DType typ
     }
     if (lora.find_whole(name) == nullptr) add(*found);
   }
-  // Pairs stand first, so their values keep their places.
-  const std::vector<float> pairs = std::move(lora.values);
+  if (lora.has_pairs()) check_peft(model.config, lora);
+  // What was there stands first, so its values keep their places.
+  const std::vector<float> had = std::move(lora.values);
   lay_out(lora, model.config);
-  std::ranges::copy(pairs, lora.values.begin());
   take_whole(pool, model, type, lora);
+  std::ranges::copy(had, lora.values.begin());
 }
 
 std::vector<ParameterGroup> parameter_groups(const Lora& lora, const LearntOptions& options) {

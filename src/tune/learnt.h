@@ -17,8 +17,10 @@ struct LearntOptions {
   double lora_plus_ratio = 1;  // learning rate of B over that of A (arXiv:2402.12354)
 };
 
-// Adds the weights to learn whole to `lora`, with their values; a quantized one becomes dense, of
-// `type`. Error: usage for a module that the model does not have, or that is tied to another.
+// Adds the weights to learn whole to `lora`, with the model's values; those that it has learnt
+// whole already keep theirs. A quantized one becomes dense, of `type`. Errors: usage for a module
+// that the model does not have, that is tied to another or that an adapter changes; bad_input for
+// one of `lora` that the model does not have.
 void add_whole(Pool& pool, Model& model, const LearntOptions& options, DType type, Lora& lora);
 
 // Learning rates and decay of all that is learnt, in order and without gaps. As transformers does,

@@ -357,7 +357,7 @@ class Run {
                                  : read_peft_adapter(o_.adapter, model_->config);
     lora_.layers.resize(model_->config.layers);
     if (o_.adapter.empty()) take_magnitudes(pool_, *model_, lora_);
-    if (o_.learnt.full || !o_.learnt.modules_to_save.empty())
+    if (o_.learnt.full || !o_.learnt.modules_to_save.empty() || !lora_.whole.empty())
       add_whole(pool_, *model_, o_.learnt, type(), lora_);
   }
 
@@ -633,9 +633,9 @@ class Run {
       return r;
     }
     if (!run_.best.empty()) lora_.values.swap(run_.best);
-    if (lora_.whole.empty()) {
+    if (!o_.learnt.full) {
       r.adapter = o_.out / "adapter";
-      write_peft_adapter(r.adapter, lora_, o_.model.string());
+      write_peft_adapter(r.adapter, lora_, model_->config, o_.model.string());
     } else {
       const ModelFiles files = open_model(o_.model);
       r.model = o_.out / (files.folder ? "model" : "model.gguf");

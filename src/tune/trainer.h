@@ -10,7 +10,7 @@
 //   out/report.html              the log as a page (moru tune writes it)
 //   out/reference.safetensors    log-probabilities of the reference, of methods that have one
 //   out/adapter/                 PEFT folder: the best adapter by validation loss, or the last
-//   out/model/ or model.gguf     instead, where weights were learnt whole
+//   out/model/ or model.gguf     instead, of full fine-tuning
 //   out/tune.json                what was done, when finished
 #pragma once
 #include <cstdint>
@@ -91,8 +91,8 @@ struct TuneEvent {
 using TuneProgress = std::function<void(const TuneEvent&)>;
 
 struct TuneResult {
-  std::filesystem::path adapter;  // PEFT folder; empty where weights were learnt whole
-  std::filesystem::path model;    // the model with them; empty otherwise
+  std::filesystem::path adapter;  // PEFT folder; empty of full fine-tuning
+  std::filesystem::path model;    // its model; empty otherwise
   uint64_t steps = 0, best_step = 0, skipped_steps = 0;
   uint64_t examples = 0, validation_examples = 0;
   uint64_t tokens = 0, trained_tokens = 0;          // of one epoch

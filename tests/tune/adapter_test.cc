@@ -143,7 +143,7 @@ TEST_CASE("a PEFT folder comes back with the same numbers and scales") {
     CHECK(read.layers[0][0].scale == 2);
     CHECK(read.layers[0][1].rank == 0);
     const TempDir dir;
-    write_peft_adapter(dir.path(), read, name);
+    write_peft_adapter(dir.path(), read, config, name);
     const Lora again = read_peft_adapter(dir.path(), config);
     CHECK(again.values == read.values);
     const SafetensorsFolder ours(dir.path(), "adapter_model"),
@@ -168,7 +168,7 @@ TEST_CASE("different ranks, a rank-stabilised scale and single layers survive th
   lay_out(lora, config);
   for (size_t i = 0; i < lora.values.size(); ++i) lora.values[i] = static_cast<float>(i);
   const TempDir dir;
-  write_peft_adapter(dir.path(), lora, "base");
+  write_peft_adapter(dir.path(), lora, config, "base");
   const Lora again = read_peft_adapter(dir.path(), config);
   CHECK(again.values == lora.values);
   CHECK(again.layers[0][0].scale == 4);
@@ -214,7 +214,7 @@ TEST_CASE("PEFT's ranks and alphas by pattern compute what PEFT computes, there 
   CHECK(lora.layers[1][0].rank == 4);
   CHECK(lora.layers[1][6].scale == doctest::Approx(9 / std::sqrt(6.0)));
   const TempDir dir;
-  write_peft_adapter(dir.path(), lora, "base");
+  write_peft_adapter(dir.path(), lora, base.config, "base");
   check_close(losses(pool, base, read_peft_adapter(dir.path(), base.config), tokens), wanted, 1e-4);
 }
 
@@ -263,7 +263,7 @@ TEST_CASE("adapters that moru does not compute, or of another model, are refused
   CHECK(refusal(kGolden / "none").kind() == ErrorKind::not_found);
   const std::pair<const char*, const char*> changes[] = {{"use_qalora", "true"},
                                                          {"bias", "\"all\""},
-                                                         {"modules_to_save", "[\"lm_head\"]"},
+                                                         {"target_parameters", "[\"up\"]"},
                                                          {"peft_type", "\"IA3\""}};
   for (const auto& [key, value] : changes) {
     CAPTURE(key);

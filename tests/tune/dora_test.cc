@@ -179,8 +179,8 @@ TEST_CASE("a new DoRA adapter changes nothing, whatever form the weights have") 
   Pool pool(2);
   Model model = load(pool, kGolden / "llama_bias");
   Lora lora = make_lora(
-      model.config, {.rank = 4, .alpha = 8, .dora = true, .targets = {Projection::q, Projection::down}},
-      1);
+      model.config,
+      {.rank = 4, .alpha = 8, .dora = true, .targets = {Projection::q, Projection::down}}, 1);
   take_magnitudes(pool, model, lora);
   const TrainingBatch batch = documents_of("llama_bias");
   const Found found = run(pool, model, lora, batch),
@@ -194,7 +194,7 @@ TEST_CASE("a DoRA folder comes back as it was, and one without all of it is refu
   const Lora lora = read_peft_adapter(kGolden / "llama" / "dora", config);
   CHECK(lora.dora);
   const TempDir dir;
-  write_peft_adapter(dir.path(), lora, "llama");
+  write_peft_adapter(dir.path(), lora, config, "llama");
   CHECK(read_peft_adapter(dir.path(), config).values == lora.values);
 
   auto j = nlohmann::json::parse(read_file(dir.path() / "adapter_config.json"));

@@ -7,7 +7,7 @@ A random rank-stabilised adapter of SmolLM2-135M-Instruct goes through moru into
   hf             merged, from the GGUF base: transformers' logits equal PEFT's on the same weights,
                  the tokenizer's ids equal the original's
   gguf-adapter   llama-completion --lora on the GGUF base answers as on moru's merged GGUF
-and a DoRA adapter through peft and hf likewise.
+and adapters with DoRA, with whole modules and with a head of its own through peft and hf likewise.
 """
 import json
 import pathlib
@@ -71,24 +71,33 @@ def main(moru, peers):
     print("hf: tokens and chat template are equal; generation_config",
           json.loads((work / "hf/generation_config.json").read_text()))
 
-    dora = get_peft_model(load(hf), LoraConfig(r=4, lora_alpha=8, use_dora=True,
-                                               target_modules="all-linear"))
-    with torch.no_grad():
-        for name, value in dora.named_parameters():
-            if "lora_magnitude" in name:
-                value.mul_(1 + 0.1 * torch.randn_like(value))
-            elif "lora_" in name:
-                value.normal_(0, 0.03)
-    dora.save_pretrained(work / "dora")
-    expected_dora = logits(dora, ids)
-    print(f"DoRA changes logits by up to {(expected_dora - base).abs().max():.3f}")
-    for to, more in (("peft", ()), ("hf", ("--type", "f32"))):
-        out = work / ("dora-" + to)
-        subprocess.run([moru, "adapter", gguf, work / "dora", "-o", out, "--to", to, *more],
-                       check=True, stdout=subprocess.DEVNULL)
-        model = PeftModel.from_pretrained(load(hf), out) if to == "peft" else load(out)
-        difference = (logits(model, ids) - expected_dora).abs().max()
-        print(f"DoRA {to}: max difference of logits {difference:.2e}")
+    others = {
+        "dora": LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules="all-linear"),
+        "modules": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"],
+                              modules_to_save=["embed_tokens", "model.norm"],
+                              ensure_weight_tying=True),
+        "head": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"],
+                           modules_to_save=["lm_head"])}
+    for name, config in others.items():
+        model = get_peft_model(load(hf), config)
+        with torch.no_grad():
+            for key, value in model.named_parameters():
+                if "lora_magnitude" in key:
+                    value.mul_(1 + 0.1 * torch.randn_like(value))
+                elif "lora_" in key:
+                    value.normal_(0, 0.03)
+                elif value.requires_grad:
+                    value.add_(0.02 * torch.randn_like(value))
+        model.save_pretrained(work / name)
+        wanted = logits(model, ids)
+        print(f"{name} changes logits by up to {(wanted - base).abs().max():.3f}")
+        for to, more in (("peft", ()), ("hf", ("--type", "f32"))):
+            out = work / f"{name}-{to}"
+            subprocess.run([moru, "adapter", gguf, work / name, "-o", out, "--to", to, *more],
+                           check=True, stdout=subprocess.DEVNULL)
+            model = PeftModel.from_pretrained(load(hf), out) if to == "peft" else load(out)
+            difference = (logits(model, ids) - wanted).abs().max()
+            print(f"{name} {to}: max difference of logits {difference:.2e}")
 
     run("gguf-adapter", "adapter.gguf")
     run("gguf", "merged.gguf", "--type", "f32")

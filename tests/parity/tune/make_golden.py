@@ -1,12 +1,14 @@
 """Makes tests/golden/tune: tiny models with random weights, and what PEFT computes on them.
 
-make_golden.py OUT   (torch, transformers, peft, tokenizers, safetensors)
+make_golden.py OUT [NAME...]   (torch, transformers, peft, tokenizers, safetensors)
 
-optimizer.json: torch's AdamW on fixed gradients, and transformers' schedules. Each folder is a Hugging Face model whose weights are bf16 values, so that every precision reads
-the same numbers, with:
+optimizer.json: torch's AdamW on fixed gradients, and transformers' schedules. Each folder is a
+Hugging Face model whose weights are bf16 values, so that every precision reads the same numbers,
+with:
   expected.safetensors   a LoRA adapter with random A and B, token ids, targets, documents' starts,
                          the logits' losses per token and the gradient of the mean loss by each
                          LoRA tensor
+and, of the first three,
   trajectory.json        losses and gradient norms of 50 AdamW steps from the adapter in start/
   start/                 that adapter, as PEFT writes it
   merged_logits.safetensors  logits of the model with the adapter of step 50 merged in
@@ -21,7 +23,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig,
-                          LlamaForCausalLM, PreTrainedTokenizerFast, get_scheduler)
+                          LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
+                          Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, get_scheduler)
 
 VOCAB = 272
 
@@ -63,6 +66,14 @@ def cases():
         **{**SHAPE, "num_hidden_layers": 3}, head_dim=16, query_pre_attn_scalar=24,
         sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         hidden_activation="gelu_pytorch_tanh"))
+    # Biases of q, k and v alone; norms of q and k per head.
+    yield "qwen2", Qwen2ForCausalLM(Qwen2Config(
+        **SHAPE, rope_theta=1000000.0, tie_word_embeddings=True))
+    yield "qwen3", Qwen3ForCausalLM(Qwen3Config(
+        **SHAPE, head_dim=16, rope_theta=1000000.0, tie_word_embeddings=False))
+
+
+TRAJECTORIES = ("llama", "llama_bias", "gemma3")
 
 
 def randomise(model, generator):
@@ -143,6 +154,8 @@ def make(out, name, model, seed):
             tensors["gradient." + plain(key)] = p.grad.contiguous()
     save_file(tensors, folder / "expected.safetensors", {"format": "pt", "alpha": "6"})
     peft.unload()
+    if name not in TRAJECTORIES:
+        return
 
     # 50 steps on q, v and down alone, the same five sets of documents over and over.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
@@ -213,6 +226,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     out = pathlib.Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
-    make_optimizer(out)
+    names = sys.argv[2:]
+    if not names:
+        make_optimizer(out)
     for seed, (name, model) in enumerate(cases(), 1):
-        make(out, name, model, seed)
+        if not names or name in names:
+            make(out, name, model, seed)
