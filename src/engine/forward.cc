@@ -104,16 +104,22 @@ struct Engine::State {
               static_cast<const float*>(rows.buffer.data()), tokens, rows.cols);
   }
 
-  void norm_rows(Rows& from, const Vector& gain, Rows& to) {
+  void norm_rows(Rows& from, const Vector& gain, Rows& to, size_t first, size_t count) {
     const Config& c = model.config;
     const auto norm_of = c.norm == NormKind::layer ? layer_norm_rows : rms_norm_rows;
-    norm_of(pool, from.data(), from.cols, tokens, from.cols, gain.data(), c.norm_eps, to.data(),
-            to.cols, nullptr);
+    norm_of(pool, from.row(first), from.cols, count, from.cols, gain.data(), c.norm_eps,
+            to.row(first), to.cols, nullptr);
   }
-  // What a sub-layer reads: its norm, or the stream itself where the layout norms results alone.
-  Rows& normed(const Vector& gain) {
-    if (gain.empty()) return x;
-    norm_rows(x, gain, norm);
+  void norm_rows(Rows& from, const Vector& gain, Rows& to) { norm_rows(from, gain, to, 0, tokens); }
+  // What a sub-layer reads: the norm of the stream, or the stream itself where the layout norms
+  // results alone. It becomes the operand of products with `w`.
+  Rows& set_normed(const Vector& gain, const Matrix& w) {
+    if (gain.empty()) {
+      operand.set(x.data(), tokens, x.cols);
+      return x;
+    }
+    operand.make(pool, norm.data(), tokens, norm.cols, w,
+                 [&](size_t row) { norm_rows(x, gain, norm, row, 1); });
     return norm;
   }
 
@@ -175,9 +181,8 @@ struct Engine::State {
     const Layer& w = model.layers[index];
     const Config& c = model.config;
 
-    Rows& attn_in = normed(w.attn_norm);
+    Rows& attn_in = set_normed(w.attn_norm, w.q);
     watch(index, "attn_q", attn_in);
-    operand.set(attn_in.data(), tokens, attn_in.cols);
     operand.multiply(
         pool, {{&w.q, q.data(), q.cols}, {&w.k, k.data(), k.cols}, {&w.v, v.data(), v.cols}});
     adapt(index, kInputGroups[0], attn_in, {&q, &k, &v});
@@ -206,10 +211,13 @@ struct Engine::State {
     add_branch(w.attn_post_norm);
 
     // In a parallel layout `norm` still holds what attention read.
-    Rows& ffn_in = c.norm_layout == NormLayout::parallel ? norm : normed(w.ffn_norm);
+    const bool parallel = c.norm_layout == NormLayout::parallel;
     if (w.experts.empty()) {
-      feed_forward(index, ffn_in);
+      if (parallel) operand.set(norm.data(), tokens, norm.cols);
+      feed_forward(index, parallel ? norm : set_normed(w.ffn_norm, w.gate));
     } else {
+      if (!parallel && !w.ffn_norm.empty()) norm_rows(x, w.ffn_norm, norm);
+      Rows& ffn_in = parallel || !w.ffn_norm.empty() ? norm : x;
       ExpertsStep::Watcher watch_experts;
       if (watcher)
         watch_experts = [&](std::string_view part, const float* rows, size_t count, size_t cols) {
@@ -220,16 +228,17 @@ struct Engine::State {
     add_branch(w.ffn_post_norm);
   }
 
+  // `in` is the operand already.
   void feed_forward(size_t index, Rows& in) {
     const Layer& w = model.layers[index];
     watch(index, "ffn_gate", in);
-    operand.set(in.data(), tokens, in.cols);
     operand.multiply(pool, {{&w.gate, gate.data(), gate.cols}, {&w.up, up.data(), up.cols}});
     adapt(index, kInputGroups[2], in, {&gate, &up});
-    gate_rows(pool, model.config.activation, gate.data(), gate.cols, up.data(), up.cols, tokens,
-              gate.cols, hidden.data(), hidden.cols);
+    operand.make(pool, hidden.data(), tokens, hidden.cols, w.down, [&](size_t row) {
+      gate_rows(pool, model.config.activation, gate.row(row), gate.cols, up.row(row), up.cols, 1,
+                gate.cols, hidden.row(row), hidden.cols);
+    });
     watch(index, "ffn_down", hidden);
-    operand.set(hidden.data(), tokens, hidden.cols);
     operand.multiply(pool, {{&w.down, branch.data(), branch.cols}});
     adapt(index, kInputGroups[3], hidden, {&branch});
   }

@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "base/pieces.h"
 #include "base/threads.h"
 #include "engine/dense.h"
 #include "engine/few_rows.h"
@@ -31,6 +32,21 @@ class Operand {
   void reserve(size_t m, size_t k);
   // x: [m, k]; must stay until the products are done.
   void set(const float* x, size_t m, size_t k);
+  // The same of rows that do not exist yet: make_row(i) writes row i of x, and the thread that made
+  // it gives it the form that products with `w` want while it is in the cache.
+  template <typename MakeRow>
+  void make(Pool& pool, float* x, size_t m, size_t k, const Matrix& w, MakeRow&& make_row) {
+    constexpr size_t kLeastRows = 4;  // a few microseconds' work
+    set(x, m, k);
+    quantized_ready_ = w.quantized() != nullptr;
+    if (quantized_ready_) quantized_.resize(m, k);
+    each_piece(pool, m, kLeastRows, [&](size_t begin, size_t end) {
+      for (size_t i = begin; i < end; ++i) {
+        make_row(i);
+        if (quantized_ready_) quantized_.set_row(i, x + i * k);
+      }
+    });
+  }
   // All products of one operand in as few parallel phases as their forms allow.
   void multiply(Pool& pool, std::initializer_list<LinearProduct> products);
 

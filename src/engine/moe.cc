@@ -94,6 +94,15 @@ void ExpertsStep::route(Pool& pool, const Experts& experts, const float* x, size
   });
 }
 
+// gate = act(gate) · up, [rows, hidden], which becomes the operand of products with `down`.
+void ExpertsStep::make_hidden(Pool& pool, float* gate, const float* up, size_t rows, size_t hidden,
+                              const Matrix& down) {
+  operand_.make(pool, gate, rows, hidden, down, [&](size_t row) {
+    float* g = gate + row * hidden;
+    gate_rows(pool, activation_, g, hidden, up + row * hidden, hidden, 1, hidden, g, hidden);
+  });
+}
+
 // gathered rows → down rows, expert by expert.
 void ExpertsStep::compute(Pool& pool, const Experts& experts, const Watcher& watch) {
   for (size_t e = 0; e < count_; ++e) {
@@ -112,9 +121,8 @@ void ExpertsStep::compute(Pool& pool, const Experts& experts, const Watcher& wat
     operand_.multiply(pool, {{&experts.gate[e], gate, hidden}, {&experts.up[e], up, hidden}});
     bias(experts.gate_bias, gate, hidden);
     bias(experts.up_bias, up, hidden);
-    gate_rows(pool, activation_, gate, hidden, up, hidden, rows, hidden, gate, hidden);
+    make_hidden(pool, gate, up, rows, hidden, experts.down[e]);
     if (watch) watch("ffn_down_exps", gate, rows, hidden);
-    operand_.set(gate, rows, hidden);
     operand_.multiply(pool, {{&experts.down[e], out, width_}});
     bias(experts.down_bias, out, width_);
   }
@@ -127,10 +135,8 @@ void ExpertsStep::add_shared(Pool& pool, const Experts& experts, const float* x,
   operand_.set(x, tokens, width_);
   operand_.multiply(pool, {{&experts.shared_gate, gate_.row(0), hidden},
                            {&experts.shared_up, up_.row(0), hidden}});
-  gate_rows(pool, activation_, gate_.row(0), hidden, up_.row(0), hidden, tokens, hidden,
-            gate_.row(0), hidden);
+  make_hidden(pool, gate_.row(0), up_.row(0), tokens, hidden, experts.shared_down);
   if (watch) watch("ffn_down_shexp", gate_.row(0), tokens, hidden);
-  operand_.set(gate_.row(0), tokens, hidden);
   operand_.multiply(pool, {{&experts.shared_down, down_.row(0), width_}});
   each_token(pool, tokens, [&](size_t t) {
     float share = 1;

@@ -49,6 +49,8 @@ class ExpertsStep {
 
   void route(Pool& pool, const Experts& experts, const float* x, size_t tokens);
   void choose(const float* scores, Choice* chosen) const;
+  void make_hidden(Pool& pool, float* gate, const float* up, size_t rows, size_t hidden,
+                   const Matrix& down);
   void compute(Pool& pool, const Experts& experts, const Watcher& watch);
   void add_shared(Pool& pool, const Experts& experts, const float* x, size_t tokens, float* out,
                   const Watcher& watch);
