@@ -141,8 +141,12 @@ void AtomicFile::flush() {
 
 void AtomicFile::write(std::string_view text) {
   size_ += text.size();
-  buffer_ += text;
-  if (buffer_.size() >= kBufferBytes) flush();
+  if (buffer_.size() + text.size() >= kBufferBytes) flush();
+  // Large pieces are not copied: a tensor may be half of all memory.
+  if (text.size() >= kBufferBytes)
+    write_all(fd_, text.data(), text.size(), path_);
+  else
+    buffer_ += text;
 }
 
 void AtomicFile::write(std::span<const std::byte> bytes) {

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <sstream>
 #include <string>
 
 #include "base/error.h"
@@ -35,13 +36,41 @@ size_t peak_memory_bytes() {
   return static_cast<size_t>(usage.ru_maxrss) * 1024;
 }
 
+size_t cgroup_memory_bytes(const std::filesystem::path& mounted, std::string_view own) {
+  size_t smallest = SIZE_MAX;
+  const auto read = [&](const std::filesystem::path& file) {
+    std::ifstream in(file);
+    size_t limit = 0;  // "max" is no number
+    if (in >> limit) smallest = std::min(smallest, limit);
+  };
+  // Seen from inside a container the path may not exist: its limit is then the root's.
+  const auto read_upwards = [&](std::filesystem::path root, std::string_view path,
+                                const char* name) {
+    std::filesystem::path group = std::filesystem::path(path).relative_path();
+    for (; !group.empty(); group = group.parent_path()) read(root / group / name);
+    read(root / name);
+  };
+  // A line each: hierarchy:controllers:path, where v2 has no controllers.
+  std::istringstream lines{std::string(own)};
+  for (std::string line; std::getline(lines, line);) {
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    const std::string_view path = std::string_view(line).substr(second + 1);
+    if (controllers == ",,") read_upwards(mounted, path, "memory.max");
+    if (controllers.find(",memory,") != std::string::npos)
+      read_upwards(mounted / "memory", path, "memory.limit_in_bytes");
+  }
+  return smallest;
+}
+
 size_t usable_memory_bytes() {
   const size_t machine =
       static_cast<size_t>(::sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(::sysconf(_SC_PAGESIZE));
-  std::ifstream in("/sys/fs/cgroup/memory.max");
-  std::string limit;
-  if (!(in >> limit) || limit == "max") return machine;
-  return std::min(machine, static_cast<size_t>(std::strtoull(limit.c_str(), nullptr, 10)));
+  std::ifstream in("/proc/self/cgroup");
+  std::ostringstream own;
+  own << in.rdbuf();
+  return std::min(machine, cgroup_memory_bytes("/sys/fs/cgroup", own.str()));
 }
 
 }  // namespace moru

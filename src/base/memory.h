@@ -2,6 +2,8 @@
 // pages: weights, caches and arenas. Zero-filled, touched by whoever writes first.
 #pragma once
 #include <cstddef>
+#include <filesystem>
+#include <string_view>
 #include <utility>
 
 namespace moru {
@@ -31,7 +33,10 @@ class PageBuffer {
 
 // Peak resident memory of this process so far, in bytes.
 size_t peak_memory_bytes();
-// What this process may use: the machine's memory or the cgroup's limit, the smaller one.
+// What this process may use: the machine's memory or a limit of its cgroups, the smallest one.
 size_t usable_memory_bytes();
+// The smallest limit of the cgroups, v1 or v2, that `own` (the text of /proc/self/cgroup) names and
+// of those above them, mounted at `mounted`; SIZE_MAX if there is none.
+size_t cgroup_memory_bytes(const std::filesystem::path& mounted, std::string_view own);
 
 }  // namespace moru

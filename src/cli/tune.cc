@@ -257,8 +257,7 @@ void add_tune(CLI::App& app) {
   cmd->add_flag("--full", o.learnt.full, "learn every weight instead of an adapter");
   cmd->add_option("--freeze-layers", o.learnt.frozen_layers,
                   "with --full: so many layers from below, and the embedding, stay as they are");
-  cmd->add_flag("--qlora", o.keep_quantized,
-                "keep a quantized model packed: less memory");
+  cmd->add_flag("--qlora", o.keep_quantized, "keep a quantized model packed: less memory");
 
   cmd->add_option("--loss-type", flags->loss_type,
                   "of pairs: sigmoid, hinge, ipo, robust, sigmoid_norm, dpop, sppo_hard, apo_zero, "
@@ -308,6 +307,10 @@ void add_tune(CLI::App& app) {
       ->check(CLI::IsMember({"auto", "none", "light", "block"}))
       ->capture_default_str();
   cmd->add_option("--threads", o.threads, "0: all that this process may use");
+  cmd->add_option("--memory", o.memory,
+                  "most memory to take, as 4GiB: the run is refused if it needs more; 0: all that "
+                  "this process may use")
+      ->transform(CLI::AsSizeValue(true));
   cmd->add_flag("--restart", o.restart, "forget the run that --out holds");
   cmd->add_option("--merge", flags->merge, "also write the merged model: gguf, or hf (a folder)")
       ->check(CLI::IsMember({"gguf", "hf"}));

@@ -35,7 +35,7 @@ struct ImproveOptions {
   std::filesystem::path model, out;
   PairsJob pairs;    // its `out` is set here
   TuneOptions tune;  // its model, data, method, out and template are set here; lr is sft's
-  double dpo_lr = 2e-5;
+  double dpo_lr = 1e-4;
   // Of each iteration; the last one stands for all after it. Not empty.
   std::vector<ImproveMethod> methods = {ImproveMethod::sft};
   size_t iterations = 2;

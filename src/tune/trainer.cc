@@ -166,6 +166,23 @@ const char* name_of(Recompute level) {
   return "";
 }
 
+// What one of the processes may take: what was allowed, or nine tenths of what there is.
+size_t memory_limit(const TuneOptions& o, const Ranks& ranks) {
+  const size_t limit = o.memory != 0 ? o.memory : usable_memory_bytes() / 10 * 9;
+  return limit / ranks.on_this_machine();
+}
+
+[[noreturn]] void refuse_memory(const TuneOptions& o, size_t needed, size_t limit) {
+  throw Error(
+      ErrorKind::no_space,
+      {.where = "memory plan",
+       .what = fmt::format("training would take {}, and {} may be taken", megabytes(needed),
+                           megabytes(limit)),
+       .cure = o.learnt.full ? "learn an adapter instead (without --full), or allow more memory"
+                             : "lower --micro-batch-tokens or --max-length, take a quantized model "
+                               "with --qlora, or allow more memory"});
+}
+
 // The lightest level that fits, or the one asked for. Everything that a run takes after the plan
 // stands here, so that the prediction is of the whole process.
 MemoryPlan plan_memory(const TuneOptions& o, const Model& model, const Lora& lora,
@@ -178,24 +195,18 @@ MemoryPlan plan_memory(const TuneOptions& o, const Model& model, const Lora& lor
   plan.adapter = lora.values.size() * sizeof(float) * (validates ? 3 : 2) + sum_bytes;
   // What oneDNN generates and its scratch memory, attention's scratch, threads' stacks.
   constexpr size_t kKernels = 24 << 20;
-  const size_t now = resident_bytes();
-  const size_t limit = usable_memory_bytes() / ranks.on_this_machine();
+  const size_t now = resident_bytes(), limit = memory_limit(o, ranks);
   const auto fill = [&](Recompute level) {
     plan.recompute = level;
     TrainingOptions options = wanted;
     options.recompute = level;
     plan.activations = LoraTraining::plan_bytes(model, lora, options);
     plan.peak = std::max(peak_memory_bytes(), now + plan.adapter + plan.activations + kKernels);
-    return plan.peak < limit - limit / 10;
+    return plan.peak <= limit;
   };
   const bool fits =
       o.recompute ? fill(*o.recompute) : fill(Recompute::light) || fill(Recompute::block);
-  if (!fits)
-    throw Error(ErrorKind::no_space,
-                {.where = "memory plan",
-                 .what = fmt::format("training would take {} of {}", megabytes(plan.peak),
-                                     megabytes(limit)),
-                 .cure = "lower --micro-batch-tokens, --max-length or --lora-r"});
+  if (!fits) refuse_memory(o, plan.peak, limit);
   return plan;
 }
 
@@ -348,6 +359,7 @@ class Run {
     objective_ = make_objective(pool_, ranks_, wanted, files);
     tell({.kind = TuneEvent::Kind::data, .text = describe(*objective_)});
     const bool packed = o_.keep_quantized && is_quantized(files);
+    refuse_large(files, packed);
     // Positions are those of the longest row, which for a pair is shorter than its tokens.
     model_ = load_model(
         pool_, files,
@@ -359,6 +371,15 @@ class Run {
     if (o_.adapter.empty()) take_magnitudes(pool_, *model_, lora_);
     if (o_.learnt.full || !o_.learnt.modules_to_save.empty() || !lora_.whole.empty())
       add_whole(pool_, *model_, o_.learnt, type(), lora_);
+  }
+
+  // Weights that cannot even be loaded, of which the plan would come too late.
+  void refuse_large(const ModelFiles& files, bool packed) const {
+    size_t weights = 0;
+    for (const Tensor& t : files.tensors)
+      weights += packed ? t.data.size() : t.count() * (type() == DType::bf16 ? 2 : 4);
+    const size_t limit = memory_limit(o_, ranks_);
+    if (weights > limit) refuse_memory(o_, weights, limit);
   }
 
   DType type() const { return o_.precision == Profile::f32 ? DType::f32 : DType::bf16; }
@@ -633,6 +654,9 @@ class Run {
       return r;
     }
     if (!run_.best.empty()) lora_.values.swap(run_.best);
+    // Writing a whole model takes memory of its own, which the plan does not count.
+    training_.reset();
+    adamw_.reset();
     if (!o_.learnt.full) {
       r.adapter = o_.out / "adapter";
       write_peft_adapter(r.adapter, lora_, model_->config, o_.model.string());

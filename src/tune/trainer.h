@@ -69,6 +69,7 @@ struct TuneOptions {
   bool keep_quantized = false;
   std::optional<Recompute> recompute;  // default: the lightest that fits the memory
   size_t threads = 0;                  // 0: all that this process may use
+  size_t memory = 0;                   // bytes that the process may take; 0: likewise
   bool restart = false;                // forget an unfinished or finished run in `out`
 };
 

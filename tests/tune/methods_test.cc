@@ -442,6 +442,17 @@ TEST_CASE("a run that does not fit the memory is refused before it begins") {
   o.micro_batch_tokens = size_t{1} << 40;
   o.batch_tokens = size_t{1} << 40;
   CHECK(error_from([&] { tune(o); }).kind() == ErrorKind::no_space);
+
+  TuneOptions allowed = dpo_for(dir, "out");
+  allowed.memory = size_t{1} << 40;
+  CHECK(tune(allowed).steps > 0);
+  allowed.restart = true;
+  for (const size_t bytes : {size_t{1000}, size_t{2} << 20}) {  // not the weights, not the rest
+    allowed.memory = bytes;
+    const Error e = error_from([&] { tune(allowed); });
+    CHECK(e.kind() == ErrorKind::no_space);
+    CHECK(std::string(e.what()).find("may be taken") != std::string::npos);
+  }
 }
 
 TEST_CASE("presets and methods set what their names say") {
