@@ -50,9 +50,8 @@ void run_improve(const ImproveFlags& flags) {
     fmt::print("{}", table_of(report));
   if (report.accepted == 0) {
     fmt::print(stderr,
-               "moru: the gate refused all {} iterations (tune with a lower --lr or --dpo-lr or "
-               "fewer --epochs)\n",
-               report.iterations.size());
+               "moru: the gate refused every iteration (tune with a lower --lr or --dpo-lr or "
+               "fewer --epochs)\n");
     throw CLI::RuntimeError(kRefused);
   }
   if (!flags.json) fmt::print("model   {}\n", report.model.string());
