@@ -30,7 +30,7 @@ struct TuneFlags {
   std::string dataset_info, normalize;
   std::string model, out = "tuned", validation, adapter;
   std::string loss_type;
-  std::string target_modules = "all-linear", schedule = "cosine", precision = "bf16";
+  std::string target_modules = "all-linear", layers, schedule = "cosine", precision = "bf16";
   std::string recompute = "auto", truncation = "keep_start", merge, merge_type = "bf16";
   size_t check = 0;
   bool json = false;
@@ -93,6 +93,7 @@ TuneOptions options_of(const TuneFlags& flags) {
   o.rows.truncation =
       flags.truncation == "keep_end" ? Truncation::keep_end : Truncation::keep_start;
   o.lora.targets = parse_target_modules(flags.target_modules);
+  o.lora.layers = parse_layers(flags.layers);
   o.schedule = parse_schedule(flags.schedule);
   o.precision = flags.precision == "f32" ? Profile::f32 : Profile::bf16;
   if (flags.recompute == "none") o.recompute = Recompute::none;
@@ -249,6 +250,8 @@ void add_tune(CLI::App& app) {
                   "all-linear, or names: q_proj,v_proj")
       ->capture_default_str();
 
+  cmd->add_option("--layers-to-transform", flags->layers,
+                  "layers that get an adapter, of all: 0-3,7");
   cmd->add_option("--loraplus-lr-ratio", o.learnt.lora_plus_ratio,
                   "LoRA+: learning rate of B over that of A");
   cmd->add_option("--modules-to-save", o.learnt.modules_to_save,
@@ -274,6 +277,8 @@ void add_tune(CLI::App& app) {
   cmd->add_option("--undesirable-weight", o.preference.undesirable_weight,
                   "KTO: of unwanted answers");
 
+  cmd->add_option("--neftune-noise-alpha", o.neftune_alpha,
+                  "noise on the embeddings of what is learnt: 5 is usual");
   cmd->add_option("--lr,--learning-rate", o.lr, "peak learning rate")->capture_default_str();
   cmd->add_option("--lr-scheduler-type", flags->schedule,
                   "constant, linear, cosine or cosine_with_min_lr")

@@ -3,11 +3,13 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
 #include "base/error.h"
 #include "base/half.h"
+#include "base/random.h"
 #include "engine/float_kernels.h"
 #include "engine/training_block.h"
 #include "engine/weights.h"
@@ -80,22 +82,32 @@ size_t TrainingBatch::trained() const {
       std::count_if(targets.begin(), targets.end(), [](int32_t t) { return t != kNoTarget; }));
 }
 
-void TrainingBatch::append(std::span<const int32_t> document, std::span<const uint8_t> is_trained) {
+void TrainingBatch::append(std::span<const int32_t> document, std::span<const uint8_t> is_trained,
+                           uint64_t key) {
   MORU_CHECK(document.size() == is_trained.size() && !document.empty());
   ids.insert(ids.end(), document.begin(), document.end());
   for (size_t i = 1; i < document.size(); ++i)
     targets.push_back(is_trained[i] != 0 ? document[i] : kNoTarget);
   targets.push_back(kNoTarget);
   documents.push_back({.first = ids.size() - document.size(), .end = ids.size()});
+  keys.push_back(key);
 }
 
 void TrainingBatch::append_after(size_t of, size_t prefix, std::span<const int32_t> document,
-                                 std::span<const uint8_t> is_trained) {
+                                 std::span<const uint8_t> is_trained, uint64_t key) {
   MORU_CHECK(of < documents.size() && documents[of].prefix == 0 && prefix <= documents[of].rows());
-  append(document, is_trained);
+  append(document, is_trained, key);
   if (prefix == 0) return;
   documents.back().prefix_first = documents[of].first;
   documents.back().prefix = prefix;
+}
+
+void add_noise(const EmbeddingNoise& noise, uint64_t key, size_t position, size_t length,
+               std::span<float> x) {
+  // Steps are seeds of their own, far from the seeds that adapters and orders are made with.
+  Random random(noise.seed + (noise.step + 1) * 0x9e3779b97f4a7c15u, key, position * x.size());
+  const float bound = noise.alpha / std::sqrt(static_cast<float>(length * x.size()));
+  for (float& value : x) value += (2 * random.uniform() - 1) * bound;
 }
 
 // ---- rows -------------------------------------------------------------------------------------
@@ -375,6 +387,8 @@ std::span<float> LoraTraining::gradients() {
   return {state_->gradients, state_->lora->values.size()};
 }
 
+void LoraTraining::set_noise(const EmbeddingNoise& noise) { state_->noise = noise; }
+
 void LoraTraining::clear_gradients() {
   zero_floats(*state_->pool, state_->gradients, state_->lora->values.size());
 }
@@ -404,6 +418,18 @@ void embed(LoraTraining::State& s, const TrainingBatch& batch, float* x) {
     if (c.embedding_scale != 1)
       for (size_t j = 0; j < c.width; ++j) row[j] *= c.embedding_scale;
   });
+}
+
+void add_noise(LoraTraining::State& s, const TrainingBatch& batch, float* x) {
+  MORU_CHECK(batch.keys.size() == batch.documents.size());
+  const size_t d = s.config().width;
+  for (size_t i = 0; i < batch.documents.size(); ++i) {
+    const PackedDocument& document = batch.documents[i];
+    s.pool->each(document.rows(), [&](size_t row) {
+      add_noise(s.noise, batch.keys[i], document.prefix + row, document.positions(),
+                {x + (document.first + row) * d, d});
+    });
+  }
 }
 
 // The embedding's gradient, from scratch.dx by its rows: tokens in order within a stripe of
@@ -565,7 +591,9 @@ void forward(LoraTraining::State& s, const TrainingBatch& batch, bool learns) {
   const auto kept = [&](size_t l) -> const Kept& {
     return learns && l >= s.lowest ? s.kept[l] : s.passing;
   };
-  embed(s, batch, layers == 0 ? s.x_out : kept(0).x_attn);
+  float* x = layers == 0 ? s.x_out : kept(0).x_attn;
+  embed(s, batch, x);
+  if (learns && s.noise.alpha != 0) add_noise(s, batch, x);
   for (size_t l = 0; l < layers; ++l) {
     Kept k = kept(l);
     for (size_t g = 0; g < kInputGroups.size(); ++g) k.u[g].ld = s.kept[l].u[g].ld;

@@ -31,18 +31,31 @@ struct TrainingBatch {
   std::vector<int32_t> ids;      // [tokens]
   std::vector<int32_t> targets;  // [tokens]: the token that should follow, or kNoTarget
   std::vector<PackedDocument> documents;
+  std::vector<uint64_t> keys;  // [documents]: what the noise on their embeddings is a function of
 
   static constexpr int32_t kNoTarget = -1;
   size_t tokens() const { return ids.size(); }
   size_t trained() const;
   // Appends one document: `trained[i]` says whether token i is to be learnt (from those before it;
   // so trained[0] has no effect).
-  void append(std::span<const int32_t> document, std::span<const uint8_t> trained);
+  void append(std::span<const int32_t> document, std::span<const uint8_t> trained,
+              uint64_t key = 0);
   // Appends a document that goes on where the first `prefix` tokens of document `of` end: they are
   // computed once for both. No document of a chain: `of` has no prefix itself.
   void append_after(size_t of, size_t prefix, std::span<const int32_t> document,
-                    std::span<const uint8_t> trained);
+                    std::span<const uint8_t> trained, uint64_t key = 0);
 };
+
+// NEFTune (arXiv:2310.05914): while a document of L tokens is learnt from, its embedded tokens move
+// by uniform noise within ±alpha/√(L · width). The noise is a function of seed, step, the document's
+// key and the place alone: how documents are dealt to batches, threads or processes changes nothing.
+struct EmbeddingNoise {
+  float alpha = 0;  // 0: none
+  uint64_t seed = 0, step = 0;
+};
+// x [width], the token at `position` of a document of `length` tokens, += noise.
+void add_noise(const EmbeddingNoise& noise, uint64_t key, size_t position, size_t length,
+               std::span<float> x);
 
 // What the backward pass finds kept, and what it makes anew.
 enum class Recompute {
@@ -84,6 +97,9 @@ class LoraTraining {
 
   // Takes up lora.values, as the constructor does: call it when they have changed.
   void refresh();
+
+  // Of the accumulate() calls from here on; evaluate() knows no noise.
+  void set_noise(const EmbeddingNoise& noise);
 
   // Σ −log p(target) over the batch's trained tokens, and adds to gradients() the gradient of
   // scale · that sum. nll: [tokens] or empty; what is not trained is 0. Nothing flows below the

@@ -134,6 +134,8 @@ struct LoraTraining::State {
   float* gradients = nullptr;
   Dora dora;
 
+  EmbeddingNoise noise;
+
   // of the batch at hand
   size_t tokens = 0;
   std::vector<int32_t> positions;

@@ -202,17 +202,51 @@ std::vector<Projection> parse_target_modules(std::string_view text) {
   return targets;
 }
 
+std::vector<size_t> parse_layers(std::string_view text) {
+  constexpr size_t kMaxLayers = 4096;
+  const auto refuse = [&](std::string_view part) {
+    throw Error(ErrorKind::usage, {.where = "--layers-to-transform",
+                                   .what = fmt::format("\"{}\" is no layer, nor a range", part),
+                                   .cure = "for example 0-3,7"});
+  };
+  std::set<size_t> layers;
+  while (!text.empty()) {
+    const size_t comma = std::min(text.find(','), text.size());
+    const std::string_view part = text.substr(0, comma);
+    text.remove_prefix(std::min(comma + 1, text.size()));
+    const char* end = part.data() + part.size();
+    const auto number = [&](const char* from, size_t& value) {
+      const auto [stop, failed] = std::from_chars(from, end, value);
+      return failed == std::errc{} ? stop : nullptr;
+    };
+    size_t first = 0;
+    const char* at = number(part.data(), first);
+    size_t last = first;
+    if (at != nullptr && at != end && *at == '-') at = number(at + 1, last);
+    if (at != end || last < first || last >= kMaxLayers) refuse(part);
+    for (size_t l = first; l <= last; ++l) layers.insert(l);
+  }
+  return {layers.begin(), layers.end()};
+}
+
 Lora make_lora(const Config& config, const AdapterOptions& options, uint64_t seed) {
+  if (!options.layers.empty() && options.layers.back() >= config.layers)
+    throw Error(ErrorKind::usage,
+                {.where = "--layers-to-transform",
+                 .what = fmt::format("the model has {} layers, no layer {}", config.layers,
+                                     options.layers.back()),
+                 .cure = fmt::format("name layers of 0 to {}", config.layers - 1)});
   Lora lora;
   lora.rank_stabilised = options.rank_stabilised;
   lora.dora = options.dora;
   lora.layers.resize(config.layers);
   const std::vector<Projection> targets =
       options.targets.empty() ? parse_target_modules("all-linear") : options.targets;
-  for (LoraLayer& layer : lora.layers) {
+  for (size_t l = 0; l < config.layers; ++l) {
+    if (!options.layers.empty() && !std::ranges::binary_search(options.layers, l)) continue;
     for (const Projection target : targets) {
-      layer[static_cast<size_t>(target)].rank = options.rank;
-      layer[static_cast<size_t>(target)].alpha = options.alpha;
+      lora.layers[l][static_cast<size_t>(target)].rank = options.rank;
+      lora.layers[l][static_cast<size_t>(target)].alpha = options.alpha;
     }
   }
   lay_out(lora, config);

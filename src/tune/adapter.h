@@ -22,13 +22,17 @@ struct AdapterOptions {
   bool rank_stabilised = false;     // PEFT's use_rslora
   bool dora = false;                // PEFT's use_dora
   std::vector<Projection> targets;  // empty: all seven
+  std::vector<size_t> layers;       // PEFT's layers_to_transform; empty: all
 };
 
 // "all-linear", or PEFT's names separated by commas: "q_proj,v_proj". Error: usage.
 std::vector<Projection> parse_target_modules(std::string_view text);
+// "0-3,7" as layers in ascending order; "" is none. Error: usage.
+std::vector<size_t> parse_layers(std::string_view text);
 
 // A new adapter: A uniform within ±1/√in (Kaiming, a = √5), another stream of the seed for each
-// tensor; B = 0, so that it changes nothing yet (DoRA's magnitudes: take_magnitudes).
+// tensor; B = 0, so that it changes nothing yet (DoRA's magnitudes: take_magnitudes). Error: usage
+// for layers that the model does not have.
 Lora make_lora(const Config& config, const AdapterOptions& options, uint64_t seed);
 
 // Reads a PEFT folder for a model of this shape; whether the model has the weights that were learnt

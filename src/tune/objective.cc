@@ -172,7 +172,7 @@ class DocumentObjective : public Objective {
     learn_batches(
         Dealing{pool_, ranks_, training, capacity}, rows.size(),
         [&](size_t i) { return example(i).ids.size(); },
-        [&](const std::vector<uint32_t>& members) { return batch_of(members, example); },
+        [&](const std::vector<uint32_t>& members) { return batch_of(members, example, rows); },
         [&](DealtBatch& b) {
           training.accumulate(b.tokens, 1 / static_cast<float>(learnt), b.losses.nll);
         },
@@ -195,7 +195,7 @@ class DocumentObjective : public Objective {
     evaluate_batches(
         Dealing{pool_, ranks_, training, capacity}, examples.size(),
         [&](size_t i) { return examples[i].ids.size(); },
-        [&](const std::vector<uint32_t>& members) { return batch_of(members, example); },
+        [&](const std::vector<uint32_t>& members) { return batch_of(members, example, {}); },
         [&](const DealtBatch& b) {
           sum += sum_of(b.losses.nll);
           learnt += b.tokens.trained();
@@ -206,10 +206,13 @@ class DocumentObjective : public Objective {
   }
 
  private:
+  // A row to learn is the key of its noise.
   template <typename ExampleAt>
-  static TrainingBatch batch_of(const std::vector<uint32_t>& members, ExampleAt&& example) {
+  static TrainingBatch batch_of(const std::vector<uint32_t>& members, ExampleAt&& example,
+                                std::span<const uint32_t> rows) {
     TrainingBatch batch;
-    for (const uint32_t i : members) batch.append(example(i).ids, example(i).trained);
+    for (const uint32_t i : members)
+      batch.append(example(i).ids, example(i).trained, rows.empty() ? 0 : rows[i]);
     return batch;
   }
 
@@ -393,10 +396,11 @@ class PairObjective : public Objective {
     TrainingBatch batch;
     for (const uint32_t i : members) {
       const PreferenceExample& e = pairs_[rows[i]];
-      batch.append(e.chosen.ids, e.chosen.trained);
+      const uint64_t key = 2 * uint64_t{rows[i]};
+      batch.append(e.chosen.ids, e.chosen.trained, key);
       batch.append_after(batch.documents.size() - 1, e.shared,
                          std::span(e.rejected.ids).subspan(e.shared),
-                         std::span(e.rejected.trained).subspan(e.shared));
+                         std::span(e.rejected.trained).subspan(e.shared), key + 1);
     }
     return batch;
   }
@@ -589,7 +593,7 @@ class LabelledObjective : public Objective {
     TrainingBatch batch;
     for (const uint32_t i : members) {
       const Example& e = example(rows[i], which);
-      batch.append(e.ids, e.trained);
+      batch.append(e.ids, e.trained, rows[i]);
     }
     return batch;
   }

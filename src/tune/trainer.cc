@@ -88,6 +88,8 @@ std::string fingerprint_of(const TuneOptions& o) {
         o.preference.desirable_weight, o.preference.undesirable_weight}},
       {"learnt",
        {o.learnt.full, o.learnt.frozen_layers, o.learnt.modules_to_save, o.learnt.lora_plus_ratio}},
+      {"layers", o.lora.layers},
+      {"neftune", o.neftune_alpha},
       {"max_z_score", o.max_z_score}};
   for (const DataSource& s : o.data)
     j["data"].push_back({sha256_of_path(s.path), to_json(s.format), s.weight, s.num_samples});
@@ -111,6 +113,7 @@ void check(const TuneOptions& o) {
   if (!(o.learnt.lora_plus_ratio > 0)) refuse("--loraplus-lr-ratio", "must be above 0");
   if (o.learnt.full && !o.adapter.empty())
     refuse("--adapter", "full fine-tuning learns no adapter; merge it first");
+  if (!(o.neftune_alpha >= 0)) refuse("--neftune-noise-alpha", "must be at least 0");
   if (!(o.max_z_score >= 0)) refuse("--max-z-score", "must be at least 0");
   check(o.preference);
   if (o.precision == Profile::exact) refuse("--precision", "training computes in bf16 or f32");
@@ -526,6 +529,9 @@ class Run {
     const size_t end = step_end(o_, objective_->lengths(), order_, run_.cursor);
     const std::span<const uint32_t> rows =
         std::span<const uint32_t>(order_).subspan(run_.cursor, end - run_.cursor);
+    training_->set_noise({.alpha = static_cast<float>(o_.neftune_alpha),
+                          .seed = o_.seed,
+                          .step = run_.step});
     const StepLoss found = objective_->accumulate(*training_, rows, capacity_);
     const double norm = global_norm(pool_, training_->gradients());
     const double lr = o_.lr * schedule_factor(schedule_, run_.step);

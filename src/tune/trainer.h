@@ -51,6 +51,7 @@ struct TuneOptions {
   double min_lr_ratio = 0.1;
   double warmup_ratio = 0.03;
   double max_grad_norm = 1;
+  double neftune_alpha = 0;  // noise on embeddings while they are learnt from (EmbeddingNoise)
   double max_z_score = 6;  // of loss and gradient norm: a step above it is skipped; 0: none is
   uint64_t epochs = 3;
   uint64_t max_steps = 0;     // 0: as many as the epochs have

@@ -23,7 +23,7 @@ RUNS = {"sigmoid": dict(loss_type=["sigmoid"], loss_weights=[1.0], beta=0.3),
         "rpo": dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5], beta=0.1)}
 NAMES = ["loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
          "rewards/margins", "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected",
-         "mean_token_accuracy"]
+         "entropy", "mean_token_accuracy"]
 
 torch.set_num_threads(1)
 folder = pathlib.Path(sys.argv[1])
