@@ -29,7 +29,7 @@ struct TuneFlags {
   std::vector<std::string> data;
   std::string dataset_info, normalize;
   std::string model, out = "tuned", validation, adapter;
-  std::string loss_type;
+  std::string loss_type, anchor_over = "completion";
   std::string target_modules = "all-linear", layers, schedule = "cosine", precision = "bf16";
   std::string recompute = "auto", truncation = "keep_start", merge, merge_type = "bf16";
   size_t check = 0;
@@ -88,6 +88,7 @@ TuneOptions options_of(const TuneFlags& flags) {
   o.validation = flags.validation;
   o.adapter = flags.adapter;
   if (!flags.loss_type.empty()) o.preference.loss = parse_preference_loss(flags.loss_type);
+  o.preference.anchor_over_prompt = flags.anchor_over == "all";
   o.rows.plain_template = unescape(o.rows.plain_template);
   o.rows.nfc = flags.normalize == "nfc";
   o.rows.truncation =
@@ -254,8 +255,9 @@ void add_tune(CLI::App& app) {
                   "layers that get an adapter, of all: 0-3,7");
   cmd->add_option("--loraplus-lr-ratio", o.learnt.lora_plus_ratio,
                   "LoRA+: learning rate of B over that of A");
-  cmd->add_option("--modules-to-save", o.learnt.modules_to_save,
-                  "weights learnt whole beside the adapter, and kept with it: embed_tokens, lm_head, norm")
+  cmd->add_option(
+         "--modules-to-save", o.learnt.modules_to_save,
+         "weights learnt whole beside the adapter, and kept with it: embed_tokens, lm_head, norm")
       ->delimiter(',');
   cmd->add_flag("--full", o.learnt.full, "learn every weight instead of an adapter");
   cmd->add_option("--freeze-layers", o.learnt.frozen_layers,
@@ -271,6 +273,12 @@ void add_tune(CLI::App& app) {
                   "share of pairs taken to be the wrong way round: cDPO, robust");
   cmd->add_option("--rpo-alpha,--cpo-alpha,--pref-ftx", o.preference.anchor,
                   "weight of the chosen answers' own loss; 1 keeps them likely");
+  cmd->add_option(
+         "--anchor-over", flags->anchor_over,
+         "tokens that this loss counts: the completion (LLaMA-Factory's ORPO), or all, with "
+         "the prompt (TRL's)")
+      ->check(CLI::IsMember({"completion", "all"}))
+      ->capture_default_str();
   cmd->add_option("--simpo-gamma", o.preference.gamma, "SimPO's margin");
   cmd->add_option("--dpop-lambda", o.preference.dpop_lambda, "DPOP's penalty");
   cmd->add_option("--desirable-weight", o.preference.desirable_weight, "KTO: of wanted answers");

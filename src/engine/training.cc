@@ -25,9 +25,9 @@ size_t padded(size_t tokens) { return (tokens + kTokenTile - 1) / kTokenTile * k
 // Elements that one thread takes at a time in copies.
 constexpr size_t kCopyTile = 1 << 16;
 
-// Rows of the head at a time: enough to amortise reading and packing its weights, little enough that
-// logits stay small beside activations (SmolLM2: 512 rows, 100 MB; Gemma 3: 256 rows, 270 MB, a
-// seventh faster than 64).
+// Rows of the head at a time: enough to amortise reading and packing its weights, little enough
+// that logits stay small beside activations (SmolLM2: 512 rows, 100 MB; Gemma 3: 256 rows, 270 MB,
+// a seventh faster than 64).
 size_t head_rows_for(size_t vocab) {
   constexpr size_t kLogitsBytes = 256 << 20;
   return std::clamp(kLogitsBytes / (4 * vocab) / kTokenTile * kTokenTile, size_t{64}, size_t{512});
@@ -458,7 +458,7 @@ void softcap_backward(Pool& pool, const float* capped, size_t count, float cap, 
   });
 }
 
-// Mean and whether `target` is the largest of a row. Sixteen lanes, so that it runs in vectors.
+// Sixteen lanes, so that the mean and the largest are found in vectors.
 LogitStats stats_of(const float* row, size_t n, size_t target) {
   float sums[16] = {}, largest[16];
   std::fill_n(largest, 16, -std::numeric_limits<float>::infinity());
@@ -475,7 +475,16 @@ LogitStats stats_of(const float* row, size_t n, size_t target) {
     sum += double{row[i]};
     top = std::max(top, row[i]);
   }
-  return {static_cast<float>(sum / static_cast<double>(n)), row[target] >= top};
+  // With p = e^z / Σ e^z the entropy −Σ p log p is log Σ e^z − Σ p z.
+  static thread_local std::vector<float> powers;
+  powers.resize(n);
+  const FloatKernels& kernels = float_kernels();
+  float shift = 0, powers_sum = 0;
+  kernels.exp_sum(row, n, powers.data(), &shift, &powers_sum);
+  const double mean_z = double{kernels.dot(powers.data(), row, n)} / double{powers_sum};
+  return {.mean = static_cast<float>(sum / static_cast<double>(n)),
+          .entropy = static_cast<float>(double{shift} + std::log(double{powers_sum}) - mean_z),
+          .top = row[target] >= top};
 }
 
 // y [m, vocab] = x · Wᵀ of the head.
@@ -570,7 +579,8 @@ double head(LoraTraining::State& s, const TrainingBatch& batch, const HeadTask& 
         for (size_t j = 0; j < v; ++j) row[j] *= factor * c.logit_scale;
       });
     zero_floats(pool, sc.logits + chunk.size() * v, (m - chunk.size()) * v);
-    if (s.type == DType::bf16) pool.each(m, [&](size_t i) { round_in_place(sc.logits + i * v, v); });
+    if (s.type == DType::bf16)
+      pool.each(m, [&](size_t i) { round_in_place(sc.logits + i * v, v); });
     head_input_gradient(s, sc.d_logits, m, sc.head_dn);
     if (d_head != nullptr)
       matmul_tn(pool, sc.d_logits.view(m, v), sc.head_n.view(m, d),
@@ -609,12 +619,14 @@ void backward(LoraTraining::State& s, const TrainingBatch& batch) {
 
 }  // namespace
 
-double LoraTraining::accumulate(const TrainingBatch& batch, float scale, std::span<float> nll) {
-  MORU_CHECK(scale != 0 && (nll.empty() || nll.size() == batch.tokens()));
+double LoraTraining::accumulate(const TrainingBatch& batch, float scale, std::span<float> nll,
+                                std::span<LogitStats> stats) {
+  MORU_CHECK(scale != 0 && (nll.empty() || nll.size() == batch.tokens()) &&
+             (stats.empty() || stats.size() == batch.tokens()));
   if (batch.tokens() == 0) return 0;
   State& s = *state_;
   forward(s, batch, true);
-  const double sum = head(s, batch, {.scale = scale, .factors = {}, .nll = nll, .stats = {}});
+  const double sum = head(s, batch, {.scale = scale, .factors = {}, .nll = nll, .stats = stats});
   backward(s, batch);
   return sum;
 }

@@ -47,8 +47,9 @@ struct TrainingBatch {
 };
 
 // NEFTune (arXiv:2310.05914): while a document of L tokens is learnt from, its embedded tokens move
-// by uniform noise within ±alpha/√(L · width). The noise is a function of seed, step, the document's
-// key and the place alone: how documents are dealt to batches, threads or processes changes nothing.
+// by uniform noise within ±alpha/√(L · width). The noise is a function of seed, step, the
+// document's key and the place alone: how documents are dealt to batches, threads or processes
+// changes nothing.
 struct EmbeddingNoise {
   float alpha = 0;  // 0: none
   uint64_t seed = 0, step = 0;
@@ -73,8 +74,9 @@ struct TrainingOptions {
 
 // What the logits of one trained token looked like.
 struct LogitStats {
-  float mean = 0;    // over the vocabulary
-  bool top = false;  // the target was the likeliest
+  float mean = 0;     // over the vocabulary
+  float entropy = 0;  // of the distribution, in nats
+  bool top = false;   // the target was the likeliest
 };
 // By token of a batch; what is not trained stays 0.
 struct TokenLosses {
@@ -104,7 +106,8 @@ class LoraTraining {
   // Σ −log p(target) over the batch's trained tokens, and adds to gradients() the gradient of
   // scale · that sum. nll: [tokens] or empty; what is not trained is 0. Nothing flows below the
   // lowest layer that learns.
-  double accumulate(const TrainingBatch& batch, float scale, std::span<float> nll = {});
+  double accumulate(const TrainingBatch& batch, float scale, std::span<float> nll = {},
+                    std::span<LogitStats> stats = {});
   // The same for a loss that is a function of all those log-probabilities: the gradient of
   // Σ factor · nll, factors constant.
   void accumulate(const TrainingBatch& batch, const WeighTokens& weigh, TokenLosses& losses);

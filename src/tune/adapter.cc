@@ -304,8 +304,12 @@ Lora read_peft_adapter(const std::filesystem::path& folder, const Config& config
     }
     const auto& [suffix, part] = *found;
     const auto place = place_of_module(name.substr(0, name.size() - suffix.size()));
-    if (!place || place->layer >= config.layers ||
-        (config.experts.count != 0 && place->projection >= Projection::gate))
+    if (place && config.experts.count != 0 && place->projection >= Projection::gate)
+      throw Error(ErrorKind::unsupported,
+                  {.where = fmt::format("{}: {}", (folder / kWeightsName).string(), tensor->name),
+                   .what = "adapts a feed-forward of experts, which moru does not compute",
+                   .cure = "train an adapter of q_proj, k_proj, v_proj and o_proj alone"});
+    if (!place || place->layer >= config.layers)
       refuse(*tensor, "the model has no such linear layer");
     const bool vector = part == &Parts::magnitude;
     if (vector && !peft.dora) refuse(*tensor, "is DoRA's, and use_dora is not set");

@@ -89,6 +89,14 @@ void learn_batches(const Dealing& d, size_t rows, Length&& length_of, BatchOf&& 
       take, [&](const Round& round) { d.ranks.add(d.pool, d.training.gradients(), round); });
 }
 
+// Σ log p of a document's tokens that `answer` marks; the others may have been learnt too.
+double logp_of(const PackedDocument& document, std::span<const uint8_t> answer,
+               std::span<const float> nll) {
+  double sum = 0;
+  for (size_t i = 1; i < answer.size(); ++i)
+    if (answer[i] != 0) sum += double{nll[document.first + i - 1]};
+  return -sum;
+}
 double logp_of(const PackedDocument& document, std::span<const float> nll) {
   double sum = 0;
   for (size_t i = document.first; i < document.end; ++i) sum += double{nll[i]};
@@ -109,21 +117,32 @@ void set_factors(const TrainingBatch& batch, const PackedDocument& document, dou
     if (batch.targets[i] != TrainingBatch::kNoTarget) factors[i] = static_cast<float>(factor);
 }
 
-// Sums of what the logits of some documents' learnt tokens looked like.
+// Sums of what the logits of learnt tokens looked like.
 struct LogitSums {
-  double mean = 0, top = 0, tokens = 0;
+  double mean = 0, entropy = 0, top = 0, tokens = 0;
 
+  void add(const LogitStats& stats) {
+    mean += double{stats.mean};
+    entropy += double{stats.entropy};
+    top += stats.top ? 1 : 0;
+    tokens += 1;
+  }
   void add(const TrainingBatch& batch, const PackedDocument& document,
            std::span<const LogitStats> stats) {
-    for (size_t i = document.first; i < document.end; ++i) {
-      if (batch.targets[i] == TrainingBatch::kNoTarget) continue;
-      mean += double{stats[i].mean};
-      top += stats[i].top ? 1 : 0;
-      tokens += 1;
-    }
+    for (size_t i = document.first; i < document.end; ++i)
+      if (batch.targets[i] != TrainingBatch::kNoTarget) add(stats[i]);
   }
-  double mean_logit() const { return tokens == 0 ? 0 : mean / tokens; }
-  double accuracy() const { return tokens == 0 ? 0 : top / tokens; }
+  // Those of the answer alone.
+  void add(const PackedDocument& document, std::span<const uint8_t> answer,
+           std::span<const LogitStats> stats) {
+    for (size_t i = 1; i < answer.size(); ++i)
+      if (answer[i] != 0) add(stats[document.first + i - 1]);
+  }
+  double mean_logit() const { return mean_of(mean); }
+  double mean_entropy() const { return mean_of(entropy); }
+  double accuracy() const { return mean_of(top); }
+
+  double mean_of(double sum) const { return tokens == 0 ? 0 : sum / tokens; }
 };
 
 // The request for the rows to validate on: all of them, as they are.
@@ -169,21 +188,26 @@ class DocumentObjective : public Objective {
     uint64_t learnt = 0;
     for (size_t i = 0; i < rows.size(); ++i) learnt += example(i).trained_tokens();
     double sum = 0;
+    LogitSums logits;
     learn_batches(
-        Dealing{pool_, ranks_, training, capacity}, rows.size(),
+        Dealing{pool_, ranks_, training, capacity, true}, rows.size(),
         [&](size_t i) { return example(i).ids.size(); },
         [&](const std::vector<uint32_t>& members) { return batch_of(members, example, rows); },
         [&](DealtBatch& b) {
-          training.accumulate(b.tokens, 1 / static_cast<float>(learnt), b.losses.nll);
+          training.accumulate(b.tokens, 1 / static_cast<float>(learnt), b.losses.nll,
+                              b.losses.stats);
         },
         [&](const DealtBatch& b) {
           sum += sum_of(b.losses.nll);
+          for (const PackedDocument& d : b.tokens.documents)
+            logits.add(b.tokens, d, b.losses.stats);
           out.tokens += b.tokens.tokens();
           for (size_t d = 0; d < b.members.size() && out.bad_line == 0; ++d)
             if (!std::isfinite(logp_of(b.tokens.documents[d], b.losses.nll)))
               out.bad_line = example(b.members[d]).line;
         });
     out.loss = sum / static_cast<double>(learnt);
+    out.metrics = {{"entropy", logits.mean_entropy()}, {"mean_token_accuracy", logits.accuracy()}};
     return out;
   }
 
@@ -192,15 +216,19 @@ class DocumentObjective : public Objective {
     const auto example = [&](size_t i) { return examples[i]; };
     double sum = 0;
     size_t learnt = 0;
+    LogitSums logits;
     evaluate_batches(
-        Dealing{pool_, ranks_, training, capacity}, examples.size(),
+        Dealing{pool_, ranks_, training, capacity, true}, examples.size(),
         [&](size_t i) { return examples[i].ids.size(); },
         [&](const std::vector<uint32_t>& members) { return batch_of(members, example, {}); },
         [&](const DealtBatch& b) {
           sum += sum_of(b.losses.nll);
           learnt += b.tokens.trained();
+          for (const PackedDocument& d : b.tokens.documents)
+            logits.add(b.tokens, d, b.losses.stats);
         });
     StepLoss out;
+    out.metrics = {{"entropy", logits.mean_entropy()}, {"mean_token_accuracy", logits.accuracy()}};
     out.loss = learnt == 0 ? 0 : sum / static_cast<double>(learnt);
     return out;
   }
@@ -343,8 +371,10 @@ class PairObjective : public Objective {
           [&](const std::vector<uint32_t>& members) { return batch_of(all, members); },
           [&](const DealtBatch& b) {
             for (size_t p = 0; p < b.members.size(); ++p)
-              references_[b.members[p]] = {logp_of(b.tokens.documents[2 * p], b.losses.nll),
-                                           logp_of(b.tokens.documents[2 * p + 1], b.losses.nll)};
+              references_[b.members[p]] = {
+                  logp_of(b.tokens.documents[2 * p], pairs_[b.members[p]].chosen.trained,
+                          b.losses.nll),
+                  logp_of(b.tokens.documents[2 * p + 1], b.losses.nll)};
             done += b.members.size();
             told(done, pairs_.size());
           });
@@ -364,9 +394,14 @@ class PairObjective : public Objective {
               [&](std::span<const float> nll, std::span<float> factors) {
                 for (size_t p = 0; p < b.members.size(); ++p) {
                   const auto [logps, found] = loss_of(rows[b.members[p]], b.tokens, p, nll);
-                  // Factors are by −log p.
-                  set_factors(b.tokens, b.tokens.documents[2 * p],
-                              sums.anchor - found.by_chosen / sums.pairs, factors);
+                  // Factors are by −log p: of the anchor, and of the answer.
+                  const PackedDocument& chosen = b.tokens.documents[2 * p];
+                  const std::span<const uint8_t> answer = pairs_[rows[b.members[p]]].chosen.trained;
+                  set_factors(b.tokens, chosen, sums.anchor, factors);
+                  for (size_t i = 1; i < answer.size(); ++i)
+                    if (answer[i] != 0)
+                      factors[chosen.first + i - 1] =
+                          static_cast<float>(sums.anchor - found.by_chosen / sums.pairs);
                   set_factors(b.tokens, b.tokens.documents[2 * p + 1],
                               -found.by_rejected / sums.pairs, factors);
                 }
@@ -397,7 +432,8 @@ class PairObjective : public Objective {
     for (const uint32_t i : members) {
       const PreferenceExample& e = pairs_[rows[i]];
       const uint64_t key = 2 * uint64_t{rows[i]};
-      batch.append(e.chosen.ids, e.chosen.trained, key);
+      batch.append(e.chosen.ids,
+                   options_.anchor_over_prompt ? everything(e.chosen) : e.chosen.trained, key);
       batch.append_after(batch.documents.size() - 1, e.shared,
                          std::span(e.rejected.ids).subspan(e.shared),
                          std::span(e.rejected.trained).subspan(e.shared), key + 1);
@@ -405,15 +441,20 @@ class PairObjective : public Objective {
     return batch;
   }
 
+  static std::vector<uint8_t> everything(const Example& e) {
+    return std::vector<uint8_t>(e.ids.size(), 1);
+  }
+
   // Of the p-th pair of a batch, which is `row`.
   std::pair<PairLogps, PairLoss> loss_of(uint32_t row, const TrainingBatch& batch, size_t p,
                                          std::span<const float> nll) const {
     const PackedDocument &chosen = batch.documents[2 * p], &rejected = batch.documents[2 * p + 1];
-    const PairLogps logps{.chosen = logp_of(chosen, nll),
+    const Example& answer = pairs_[row].chosen;
+    const PairLogps logps{.chosen = logp_of(chosen, answer.trained, nll),
                           .rejected = logp_of(rejected, nll),
                           .ref_chosen = references_[row][0],
                           .ref_rejected = references_[row][1],
-                          .chosen_tokens = trained_in(batch, chosen),
+                          .chosen_tokens = answer.trained_tokens(),
                           .rejected_tokens = trained_in(batch, rejected)};
     return {logps, pair_loss(options_, logps)};
   }
@@ -430,7 +471,9 @@ class PairObjective : public Objective {
         : pairs(static_cast<double>(rows.size())) {
       double chosen_tokens = 0;
       for (const uint32_t i : rows)
-        chosen_tokens += static_cast<double>(o.pairs_[i].chosen.trained_tokens());
+        chosen_tokens += static_cast<double>(o.options_.anchor_over_prompt
+                                                 ? o.pairs_[i].chosen.ids.size() - 1
+                                                 : o.pairs_[i].chosen.trained_tokens());
       anchor = o.options_.anchor / chosen_tokens;
     }
 
@@ -439,7 +482,8 @@ class PairObjective : public Objective {
       for (size_t p = 0; p < b.members.size(); ++p) {
         const uint32_t row = rows[b.members[p]];
         const auto [logps, found] = o.loss_of(row, b.tokens, p, b.losses.nll);
-        out.loss += found.loss / pairs - anchor * logps.chosen;
+        const PackedDocument& chosen = b.tokens.documents[2 * p];
+        out.loss += found.loss / pairs - anchor * logp_of(chosen, b.losses.nll);
         if (out.bad_line == 0 && !std::isfinite(found.loss))
           out.bad_line = o.pairs_[row].chosen.line;
         rewards.chosen_reward += found.chosen_reward / pairs;
@@ -447,7 +491,7 @@ class PairObjective : public Objective {
         accurate += found.chosen_reward > found.rejected_reward ? 1 / pairs : 0;
         logp_chosen += logps.chosen / pairs;
         logp_rejected += logps.rejected / pairs;
-        chosen_logits.add(b.tokens, b.tokens.documents[2 * p], b.losses.stats);
+        chosen_logits.add(chosen, o.pairs_[row].chosen.trained, b.losses.stats);
         rejected_logits.add(b.tokens, b.tokens.documents[2 * p + 1], b.losses.stats);
       }
     }
@@ -460,8 +504,13 @@ class PairObjective : public Objective {
                      {"logps/chosen", logp_chosen},
                      {"logps/rejected", logp_rejected},
                      {"logits/chosen", chosen_logits.mean_logit()},
-                     {"logits/rejected", rejected_logits.mean_logit()},
-                     {"mean_token_accuracy", chosen_logits.accuracy()}};
+                     {"logits/rejected", rejected_logits.mean_logit()}};
+      // As TRL has them: the entropy is both answers', the accuracy the chosen one's.
+      LogitSums both = chosen_logits;
+      both.entropy += rejected_logits.entropy;
+      both.tokens += rejected_logits.tokens;
+      out.metrics.push_back({"entropy", both.mean_entropy()});
+      out.metrics.push_back({"mean_token_accuracy", chosen_logits.accuracy()});
       return out;
     }
   };

@@ -49,6 +49,9 @@ struct PreferenceOptions {
   double gamma = 0.5;          // SimPO's margin
   double dpop_lambda = 50;
   double anchor = 0;  // weight of the mean −log p of the chosen tokens (RPO's α, CPO's cpo_alpha)
+  // The anchor counts the tokens of prompt and answer, as TRL's ORPO does, not of the answer alone,
+  // as LLaMA-Factory's.
+  bool anchor_over_prompt = false;
   // KTO
   double desirable_weight = 1, undesirable_weight = 1;
 };

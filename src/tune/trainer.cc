@@ -85,7 +85,8 @@ std::string fingerprint_of(const TuneOptions& o) {
       {"preference",
        {name_of(o.preference.loss), o.preference.beta, o.preference.label_smoothing,
         o.preference.gamma, o.preference.dpop_lambda, o.preference.anchor,
-        o.preference.desirable_weight, o.preference.undesirable_weight}},
+        o.preference.anchor_over_prompt, o.preference.desirable_weight,
+        o.preference.undesirable_weight}},
       {"learnt",
        {o.learnt.full, o.learnt.frozen_layers, o.learnt.modules_to_save, o.learnt.lora_plus_ratio}},
       {"layers", o.lora.layers},
@@ -529,9 +530,8 @@ class Run {
     const size_t end = step_end(o_, objective_->lengths(), order_, run_.cursor);
     const std::span<const uint32_t> rows =
         std::span<const uint32_t>(order_).subspan(run_.cursor, end - run_.cursor);
-    training_->set_noise({.alpha = static_cast<float>(o_.neftune_alpha),
-                          .seed = o_.seed,
-                          .step = run_.step});
+    training_->set_noise(
+        {.alpha = static_cast<float>(o_.neftune_alpha), .seed = o_.seed, .step = run_.step});
     const StepLoss found = objective_->accumulate(*training_, rows, capacity_);
     const double norm = global_norm(pool_, training_->gradients());
     const double lr = o_.lr * schedule_factor(schedule_, run_.step);

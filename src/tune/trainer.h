@@ -5,7 +5,8 @@
 // so that a run that is killed and started again reaches the same bits.
 //
 //   out/checkpoint.safetensors   while the run is not finished
-//   out/examples.*               likewise, of data that memory should not hold; out/rank1/… of others
+//   out/examples.*               likewise, of data that memory should not hold; out/rank1/… of
+//                                others
 //   out/log.jsonl, tensorboard/  a line, and scalars, a step and a validation (run_log.h)
 //   out/report.html              the log as a page (moru tune writes it)
 //   out/reference.safetensors    log-probabilities of the reference, of methods that have one
@@ -52,7 +53,7 @@ struct TuneOptions {
   double warmup_ratio = 0.03;
   double max_grad_norm = 1;
   double neftune_alpha = 0;  // noise on embeddings while they are learnt from (EmbeddingNoise)
-  double max_z_score = 6;  // of loss and gradient norm: a step above it is skipped; 0: none is
+  double max_z_score = 6;    // of loss and gradient norm: a step above it is skipped; 0: none is
   uint64_t epochs = 3;
   uint64_t max_steps = 0;     // 0: as many as the epochs have
   uint64_t batch_size = 16;   // examples a step

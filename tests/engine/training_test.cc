@@ -422,6 +422,106 @@ TEST_CASE("whole weights and pairs learn side by side, also in bf16 and in singl
   }
 }
 
+// ---- noise -------------------------------------------------------------------------------------
+
+TEST_CASE("noise on embeddings is uniform within alpha over the root of the document's size") {
+  constexpr size_t kWidth = 64, kLength = 50;
+  const EmbeddingNoise noise{.alpha = 5, .seed = 42, .step = 3};
+  const float bound = 5 / std::sqrt(static_cast<float>(kWidth * kLength));
+  double sum = 0, squares = 0;
+  float largest = 0;
+  for (size_t position = 0; position < kLength; ++position) {
+    std::vector<float> x(kWidth, 0.0f), again = x, other = x;
+    add_noise(noise, 7, position, kLength, x);
+    add_noise(noise, 7, position, kLength, again);
+    CHECK(x == again);
+    add_noise(noise, 8, position, kLength, other);
+    CHECK(x != other);
+    for (const float v : x) {
+      largest = std::max(largest, std::abs(v));
+      sum += double{v};
+      squares += double{v} * double{v};
+    }
+  }
+  constexpr double kCount = kWidth * kLength;
+  CHECK(largest <= bound);
+  CHECK(largest > 0.99f * bound);
+  // Mean 0 and variance bound²/3, within 5 standard errors.
+  CHECK(std::abs(sum / kCount) < 5 * double{bound} / std::sqrt(3 * kCount));
+  CHECK(squares / kCount == doctest::Approx(double{bound * bound} / 3).epsilon(0.1));
+  std::vector<float> first(kWidth, 0.0f), second = first;
+  add_noise(noise, 7, 0, kLength, first);
+  add_noise({.alpha = 5, .seed = 42, .step = 4}, 7, 0, kLength, second);
+  CHECK(first != second);
+}
+
+TEST_CASE("noise is where one learns, and the same however documents are dealt to batches") {
+  for (const char* name : {"llama", "gemma3"}) {
+    CAPTURE(name);
+    Pool pool(2), single(1);
+    Model model = load(pool, name, Profile::f32);
+    const Lora lora = random_adapter(model.config, std::array{Projection::q, Projection::up}, 4);
+    const auto documents = random_documents({20, 41, 9});
+    const auto nll_of = [&](Pool& threads, std::span<const size_t> order, uint64_t step) {
+      std::vector<float> nll(70);
+      LoraTraining training(threads, model, lora, {.tokens = 70});
+      training.set_noise({.alpha = 20, .seed = 1, .step = step});
+      constexpr size_t kFirst[] = {0, 20, 61};
+      for (const size_t d : order) {
+        TrainingBatch batch;
+        batch.append(documents[d].ids, documents[d].trained, d);
+        training.accumulate(batch, 1, std::span(nll).subspan(kFirst[d], batch.tokens()));
+      }
+      return nll;
+    };
+    LoraTraining training(pool, model, lora, {.tokens = 70});
+    TrainingBatch all;
+    for (size_t d = 0; d < 3; ++d) all.append(documents[d].ids, documents[d].trained, d);
+    std::vector<float> plain(70), quiet(70), noisy(70);
+    training.evaluate(all, plain);
+    training.set_noise({.alpha = 20, .seed = 1, .step = 5});
+    training.evaluate(all, quiet);
+    CHECK(quiet == plain);
+    training.accumulate(all, 1, noisy);
+    CHECK(noisy != plain);
+    CHECK(nll_of(pool, std::array<size_t, 3>{0, 1, 2}, 5) == noisy);
+    CHECK(nll_of(single, std::array<size_t, 3>{2, 0, 1}, 5) == noisy);
+    CHECK(nll_of(pool, std::array<size_t, 3>{0, 1, 2}, 6) != noisy);
+  }
+}
+
+TEST_CASE("what is told of the logits is their distribution's entropy and most likely token") {
+  Pool pool(2);
+  for (const char* name : {"llama", "gemma3"}) {
+    CAPTURE(name);
+    Model model = load(pool, name, Profile::f32);
+    const Lora lora = random_adapter(model.config, std::array{Projection::q}, 4);
+    // Every possible token after the same beginning: their losses are the whole distribution.
+    const std::vector<int32_t> beginning = {5, 90, 17};
+    TrainingBatch batch;
+    for (size_t id = 0; id < model.config.vocab; ++id) {
+      std::vector<int32_t> ids = beginning;
+      ids.push_back(static_cast<int32_t>(id));
+      batch.append(ids, std::array<uint8_t, 4>{0, 0, 0, 1});
+    }
+    LoraTraining training(pool, model, lora, {.tokens = batch.tokens()});
+    TokenLosses losses;
+    losses.stats.resize(batch.tokens());
+    training.evaluate(batch, losses);
+    double entropy = 0;
+    size_t tops = 0, likeliest = 2;
+    for (size_t i = 2; i < batch.tokens(); i += 4) {
+      const double nll = double{losses.nll[i]};
+      entropy += std::exp(-nll) * nll;
+      tops += losses.stats[i].top ? 1 : 0;
+      if (losses.nll[i] < losses.nll[likeliest]) likeliest = i;
+    }
+    CHECK(tops == 1);
+    CHECK(losses.stats[likeliest].top);
+    CHECK(double{losses.stats[2].entropy} == doctest::Approx(entropy).epsilon(1e-5));
+  }
+}
+
 // ---- preferences ------------------------------------------------------------------------------
 
 TEST_CASE("answers that share their prompt's rows have the losses and gradients of plain pairs") {

@@ -9,10 +9,10 @@
 #include <set>
 
 #include "base/files.h"
-#include "formats/gguf.h"
 #include "engine/adapter.h"
 #include "engine/forward.h"
 #include "engine/training.h"
+#include "formats/gguf.h"
 #include "formats/safetensors.h"
 #include "support.h"
 #include "tune/optimizer.h"
@@ -107,9 +107,8 @@ TEST_CASE("an adapter beside the weights computes what the merged model does") {
     const Model base = load(pool, kGolden / name), merged = load(pool, dir.path() / "merged.gguf");
     const Adapter adapter = make_adapter(lora);
     const auto logits = [&](const Model& model, const Adapter* a) {
-      Engine engine(
-          pool, model,
-          {.step_tokens = 64, .cache_tokens = 128, .kv_type = KvType::f32, .adapter = a});
+      Engine engine(pool, model,
+                    {.step_tokens = 64, .cache_tokens = 128, .kv_type = KvType::f32, .adapter = a});
       KvSequence sequence = engine.cache().make_sequence();
       const std::vector<int32_t> ids = some_ids(40);
       const StepSpan span{&sequence, ids, 0};
@@ -132,6 +131,35 @@ TEST_CASE("target modules are read as PEFT spells them") {
     CAPTURE(wrong);
     CHECK(error_from([&] { parse_target_modules(wrong); }).kind() == ErrorKind::usage);
   }
+}
+
+TEST_CASE("layers are read as numbers and ranges, and others get no adapter") {
+  CHECK(parse_layers("").empty());
+  CHECK(parse_layers("7,0-2,1") == std::vector<size_t>{0, 1, 2, 7});
+  for (const char* wrong : {"a", "1-", "-1", "3-1", "1,,2", "1.5", "99999999999999999999"}) {
+    CAPTURE(wrong);
+    CHECK(error_from([&] { parse_layers(wrong); }).kind() == ErrorKind::usage);
+  }
+  const Config config = open_model(kGolden / "gemma3").config;
+  AdapterOptions options;
+  options.layers = {0, 2};
+  const Lora lora = make_lora(config, options, 1);
+  for (const LoraPair& pair : lora.layers[1]) CHECK(pair.rank == 0);
+  for (const LoraPair& pair : lora.layers[2]) CHECK(pair.rank == options.rank);
+  const TempDir dir;
+  write_peft_adapter(dir.path(), lora, config, "base");
+  const auto j = nlohmann::json::parse(read_file(dir.path() / "adapter_config.json"));
+  CHECK(j["layers_to_transform"] == nlohmann::json{0, 2});
+  options.layers = {3};
+  CHECK(error_from([&] { make_lora(config, options, 1); }).kind() == ErrorKind::usage);
+}
+
+TEST_CASE("an adapter of experts is refused in a sentence") {
+  Config config = open_model(kGolden / "llama").config;
+  config.experts.count = 4;
+  const Error e = error_from([&] { read_peft_adapter(kGolden / "patterns", config); });
+  CHECK(e.kind() == ErrorKind::unsupported);
+  CHECK(std::string(e.what()).find("experts") != std::string::npos);
 }
 
 TEST_CASE("a PEFT folder comes back with the same numbers and scales") {
@@ -205,8 +233,7 @@ TEST_CASE("PEFT's ranks and alphas by pattern compute what PEFT computes, there 
   const Tensor &ids = *golden.find("ids"), &expected = *golden.find("losses");
   std::vector<int32_t> tokens;
   for (size_t i = 0; i < ids.count(); ++i)
-    tokens.push_back(
-        static_cast<int32_t>(reinterpret_cast<const int64_t*>(ids.data.data())[i]));
+    tokens.push_back(static_cast<int32_t>(reinterpret_cast<const int64_t*>(ids.data.data())[i]));
   const auto* first = reinterpret_cast<const float*>(expected.data.data());
   const std::vector<float> wanted(first, first + expected.count());
   check_close(losses(pool, base, lora, tokens), wanted, 1e-4);

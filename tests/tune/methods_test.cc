@@ -11,6 +11,7 @@
 #include "support.h"
 #include "tiny_model.h"
 #include "tune/guard.h"
+#include "tune/preference_data.h"
 #include "tune/presets.h"
 #include "tune/trainer.h"
 
@@ -127,8 +128,9 @@ TEST_CASE("fifty steps of DPO, IPO and RPO are TRL's") {
       CHECK(std::abs(found[i].grad_norm - wanted["grad_norm"].get<double>()) < 1e-2);
       loss_residual += (found[i].loss - wanted["loss"].get<double>()) / 50;
       norm_residual += (found[i].grad_norm - wanted["grad_norm"].get<double>()) / 50;
-      for (const char* key : {"rewards/chosen", "rewards/rejected", "rewards/margins",
-                              "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"})
+      for (const char* key :
+           {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen",
+            "logps/rejected", "logits/chosen", "logits/rejected", "entropy"})
         CHECK(std::abs(metric(found[i], key) - wanted[key].get<double>()) < 2e-3);
       for (const char* key : {"rewards/accuracies", "mean_token_accuracy"})
         CHECK(metric(found[i], key) == doctest::Approx(wanted[key].get<double>()).epsilon(1e-6));
@@ -195,6 +197,48 @@ TEST_CASE("a preference is learnt by every method, and the anchor keeps chosen a
     CHECK(metric(steps.back(), "logps/chosen") >= metric(steps.front(), "logps/chosen"));
     CHECK(steps.back().loss < steps.front().loss);
   }
+}
+
+TEST_CASE("ORPO's own loss counts the answer alone, or prompt and answer as TRL's does") {
+  const TempDir dir;
+  dir.file("rows.jsonl", pairs(8));
+  TuneOptions o = options_for(dir, "answer");
+  apply_method("orpo", o);
+  o.lr = 1e-2;
+  o.max_steps = 30;
+  o.val_fraction = 0;
+  o.batch_size = 8;
+  o.preference.beta = 1e-9;  // the anchor is what is left
+  // −log p of the model as it is, over the answers alone and over all tokens.
+  Pool pool(2);
+  const ModelFiles files = open_model(kModel);
+  Model model = load_model(pool, files, {.profile = Profile::f32, .context = 64});
+  Lora none;
+  none.layers.resize(model.config.layers);
+  lay_out(none, model.config);
+  TrainingBatch answers, all;
+  const auto data = load_pairs(files, {.sources = o.data, .rows = o.rows});
+  for (const PreferenceExample& e : data.examples) {
+    answers.append(e.chosen.ids, e.chosen.trained);
+    all.append(e.chosen.ids, std::vector<uint8_t>(e.chosen.ids.size(), 1));
+  }
+  CHECK(all.trained() > answers.trained() + 8);
+  LoraTraining training(pool, model, none, {.tokens = all.tokens()});
+  const auto mean_loss = [&](const TrainingBatch& batch) {
+    return training.evaluate(batch) / static_cast<double>(batch.trained());
+  };
+  const std::vector<TuneEvent> of_answer = steps_of(o);
+  CHECK(of_answer[0].loss == doctest::Approx(mean_loss(answers)).epsilon(1e-6));
+  o.out = dir.path() / "all";
+  o.preference.anchor_over_prompt = true;
+  const std::vector<TuneEvent> of_all = steps_of(o);
+  CHECK(of_all[0].loss == doctest::Approx(mean_loss(all)).epsilon(1e-6));
+  // What is told of the answers is the same; what is learnt is not.
+  for (const char* key :
+       {"logps/chosen", "rewards/chosen", "logits/chosen", "entropy", "mean_token_accuracy"})
+    CHECK(metric(of_all[0], key) == doctest::Approx(metric(of_answer[0], key)).epsilon(1e-6));
+  CHECK(of_all.back().loss < of_all[0].loss - 0.3);
+  CHECK(metric(of_all.back(), "logps/chosen") != metric(of_answer.back(), "logps/chosen"));
 }
 
 TEST_CASE("wanted answers become likelier than unwanted ones, and a run goes on where it stopped") {
