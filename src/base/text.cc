@@ -198,6 +198,44 @@ std::string truncate_to_width(std::string_view text, size_t width) {
   return repair_utf8(text);
 }
 
+namespace {
+
+std::string wrap_paragraph(std::string_view text, size_t width, size_t indent) {
+  size_t used = std::min(text.find_first_not_of(' '), text.size());
+  std::string out(used, ' ');
+  text.remove_prefix(used);
+  bool first = true;
+  while (!text.empty()) {
+    const size_t space = std::min(text.find(' '), text.size());
+    const std::string word = truncate_to_width(text.substr(0, space), width - indent);
+    text.remove_prefix(std::min(space + 1, text.size()));
+    const size_t columns = display_width(word);
+    if (!first && used + 1 + columns > width) {
+      out += "\n" + std::string(indent, ' ');
+      used = indent;
+    } else if (!first) {
+      out += ' ';
+      ++used;
+    }
+    first = false;
+    out += word;
+    used += columns;
+  }
+  return out + "\n";
+}
+
+}  // namespace
+
+std::string wrap_to_width(std::string_view text, size_t width, size_t indent) {
+  std::string out;
+  for (size_t at = 0; at <= text.size();) {
+    const size_t end = std::min(text.find('\n', at), text.size());
+    out += wrap_paragraph(text.substr(at, end - at), width, indent);
+    at = end + 1;
+  }
+  return out;
+}
+
 std::string pad_right(std::string_view text, size_t width) {
   std::string padded(text);
   padded.append(width - std::min(width, display_width(text)), ' ');

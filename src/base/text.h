@@ -69,6 +69,9 @@ size_t display_width(std::string_view text);
 // `text` up to `width` columns, never cutting through a character; where something is left out,
 // it ends in "…". Ill-formed places come out as U+FFFD.
 std::string truncate_to_width(std::string_view text, size_t width);
+// The words of `text` in lines of at most `width` columns, each ending in a newline; lines after a
+// paragraph's first are indented by `indent` < width. A longer word is truncated.
+std::string wrap_to_width(std::string_view text, size_t width, size_t indent);
 // `text` and as many spaces as fill `width` columns; longer text stays as it is.
 std::string pad_right(std::string_view text, size_t width);
 std::string pad_left(std::string_view text, size_t width);

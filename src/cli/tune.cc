@@ -134,7 +134,8 @@ void print_event(const TuneEvent& event, bool live, size_t width) {
     else
       fmt::print(stderr, "{}\n", line);
   } else {
-    fmt::print(stderr, "{}{}\n", live ? "\r\033[K" : "", event.text);
+    fmt::print(stderr, "{}",
+               live ? "\r\033[K" + wrap_to_width(event.text, width, 2) : event.text + "\n");
   }
   std::fflush(stderr);
 }

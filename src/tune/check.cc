@@ -29,7 +29,8 @@ class Lines {
         continue;
       }
       // What a terminal would act on is shown instead.
-      if (c.value == '\t') character = "→";
+      if (c.value == '\t')
+        character = "→";
       else if (c.value < 0x20 || c.value == 0x7F || !c.well_formed)
         character = c.well_formed ? fmt::format("\\x{:02x}", static_cast<unsigned>(c.value)) : "�";
       const size_t columns = display_width(character);
@@ -57,8 +58,7 @@ class Lines {
       if (learnt(style_) && !learnt(to)) line_ += "]]", used_ += 2;
       if (!learnt(style_) && learnt(to)) line_ += "[[", used_ += 2;
     } else {
-      constexpr const char* kCodes[] = {"\033[0m", "\033[0;30;42m", "\033[0;36m",
-                                        "\033[0;34;42m"};
+      constexpr const char* kCodes[] = {"\033[0m", "\033[0;30;42m", "\033[0;36m", "\033[0;34;42m"};
       line_ += kCodes[static_cast<size_t>(to)];
     }
     style_ = to;
@@ -88,31 +88,6 @@ std::string text_of(const Tokenizer& tokenizer, TokenId id) {
   return tokenizer.is_control(id) ? std::string(tokenizer.piece(id)) : tokenizer.bytes_of(id);
 }
 
-// Words broken into lines of `width`, lines after the first indented.
-std::string wrapped(std::string_view text, size_t width, size_t indent) {
-  size_t used = std::min(text.find_first_not_of(' '), text.size());
-  std::string out(used, ' ');
-  text.remove_prefix(used);
-  bool first = true;
-  while (!text.empty()) {
-    const size_t space = std::min(text.find(' '), text.size());
-    const std::string word = truncate_to_width(text.substr(0, space), width - indent);
-    text.remove_prefix(std::min(space + 1, text.size()));
-    const size_t columns = display_width(word);
-    if (!first && used + 1 + columns > width) {
-      out += "\n" + std::string(indent, ' ');
-      used = indent;
-    } else if (!first) {
-      out += ' ';
-      ++used;
-    }
-    first = false;
-    out += word;
-    used += columns;
-  }
-  return out + "\n";
-}
-
 // Whether a text may be cut at byte `at`.
 bool between_characters(std::string_view text, size_t at) {
   return at >= text.size() || (static_cast<unsigned char>(text[at]) & 0xC0) != 0x80;
@@ -125,11 +100,11 @@ std::string show_example(const ModelFiles& files, const ExampleView& e, const st
   const Tokenizer& tokenizer = files.tokenizer;
   const TokenId last = e.ids.back();
   const bool ends = is_stop(files, last) && e.trained.back() != 0;
-  std::string end = ends ? fmt::format("ends with {}, learnt", tokenizer.piece(last))
-                         : "no end token learnt";
-  std::string out = wrapped(fmt::format("--- {} line {}: {} tokens, {} learnt, {}", file, e.line,
-                                        e.ids.size(), e.learnt, end),
-                            options.width, 4);
+  std::string end =
+      ends ? fmt::format("ends with {}, learnt", tokenizer.piece(last)) : "no end token learnt";
+  std::string out = wrap_to_width(fmt::format("--- {} line {}: {} tokens, {} learnt, {}", file,
+                                              e.line, e.ids.size(), e.learnt, end),
+                                  options.width, 4);
 
   // Bytes of a character may lie in several tokens: those of one style are joined first.
   Lines lines(options.width, options.colour);
@@ -156,7 +131,7 @@ std::string show_example(const ModelFiles& files, const ExampleView& e, const st
     const std::string id = std::to_string(e.ids[i]);
     ids += e.trained[i] != 0 ? " [" + id + "]" : " " + id;
   }
-  return out + wrapped(ids, options.width, 4);
+  return out + wrap_to_width(ids, options.width, 4);
 }
 
 DataReport report_of(const ModelFiles& files, const Examples& examples) {
@@ -214,9 +189,9 @@ DataReport report_of(const ModelFiles& files, const Examples& examples) {
     r.longest = lengths.back();
   }
   std::sort(contents.begin(), contents.end());
-  r.duplicates = contents.size() - static_cast<size_t>(std::unique(contents.begin(),
-                                                                   contents.end()) -
-                                                       contents.begin());
+  r.duplicates =
+      contents.size() -
+      static_cast<size_t>(std::unique(contents.begin(), contents.end()) - contents.begin());
   if (syllables != 0)
     r.tokens_per_hangul = static_cast<double>(hangul_tokens) / static_cast<double>(syllables);
   return r;
@@ -227,7 +202,7 @@ std::string show_report(const ModelFiles& files, const LoadedExamples& data, con
   const DataCounts& c = data.counts;
   const uint64_t examples = data.examples.size();
   std::string out;
-  const auto line = [&](const std::string& text) { out += wrapped(text, width, 4); };
+  const auto line = [&](const std::string& text) { out += wrap_to_width(text, width, 4); };
   const auto note = [&](uint64_t count, const char* what) {
     if (count != 0) line(fmt::format("{:>8} {}", count, what));
   };
@@ -239,9 +214,8 @@ std::string show_report(const ModelFiles& files, const LoadedExamples& data, con
                    r.longest));
   if (r.tokens_per_hangul != 0)
     line(fmt::format("{:>8.2f} tokens for a Korean syllable", r.tokens_per_hangul));
-  const std::string bos = files.tokenizer.bos()
-                              ? std::string(files.tokenizer.piece(*files.tokenizer.bos()))
-                              : "none";
+  const std::string bos =
+      files.tokenizer.bos() ? std::string(files.tokenizer.piece(*files.tokenizer.bos())) : "none";
   line(fmt::format("{:>8} end with a learnt end token; BOS is {}", r.ends_learnt, bos));
   note(examples - r.ends_learnt, "do not: the model may not learn to stop there");
   note(c.without_end, "had no end token and were given EOS");
@@ -249,10 +223,11 @@ std::string show_report(const ModelFiles& files, const LoadedExamples& data, con
   note(c.truncated, "were cut to the maximum length");
   note(r.cut_characters, "have a border inside a character");
   note(r.spelled, "spell a control token, which stays text as when serving");
-  note(c.split_by_turn, "conversations are learnt turn by turn: the template rewrites earlier ones");
+  note(c.split_by_turn,
+       "conversations are learnt turn by turn: the template rewrites earlier ones");
   note(c.not_nfc, "rows hold decomposed text (NFD); --normalize nfc composes it");
-  note(r.duplicates + c.duplicates, c.duplicates != 0 ? "duplicates were dropped"
-                                                      : "repeat an earlier one; see --deduplicate");
+  note(r.duplicates + c.duplicates,
+       c.duplicates != 0 ? "duplicates were dropped" : "repeat an earlier one; see --deduplicate");
   note(c.without_answer, "rows were dropped: nothing left to learn");
   note(c.bad, "rows were dropped: not understood");
   for (size_t i = 0; i < std::min(kShownProblems, data.problems.size()); ++i) {

@@ -127,3 +127,12 @@ TEST_CASE("padding fills columns") {
   CHECK(pad_right("모루", 3) == "모루");
   CHECK(pad_left("모루", 4) == "모루");
 }
+
+TEST_CASE("words are wrapped by the columns they take, paragraph by paragraph") {
+  CHECK(wrap_to_width("one two three", 8, 2) == "one two\n  three\n");
+  CHECK(wrap_to_width("one two\nthree", 80, 2) == "one two\nthree\n");
+  CHECK(wrap_to_width("오늘 날씨 좋네요", 10, 2) == "오늘 날씨\n  좋네요\n");
+  CHECK(wrap_to_width("  a b", 4, 0) == "  a\nb\n");
+  CHECK(wrap_to_width("unbreakable", 6, 2) == "unb…\n");
+  CHECK(wrap_to_width("", 10, 0) == "\n");
+}
