@@ -44,6 +44,7 @@ struct Example {
   std::vector<TokenId> ids;
   std::vector<uint8_t> trained;  // 1: this token is learnt from those before it
   uint64_t line = 0;             // of the file
+  size_t source = 0;             // which of the data sources
   uint64_t hash = 0;             // of the prompt's text: equal prompts stay on one side of a split
 
   size_t trained_tokens() const;  // those with something before them

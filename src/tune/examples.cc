@@ -150,7 +150,7 @@ Examples::Examples(std::shared_ptr<const Store> store) : store_(std::move(store)
 
 Examples::Examples(std::span<const Example> examples) {
   auto store = std::make_shared<Store>();
-  for (const Example& e : examples) store->add(e, 0);
+  for (const Example& e : examples) store->add(e, static_cast<uint32_t>(e.source));
   *this = Examples(std::move(store));
 }
 

@@ -158,7 +158,7 @@ LoadExamples validation_of(const ObjectiveOptions& o) {
 class DocumentObjective : public Objective {
  public:
   DocumentObjective(Pool& pool, Ranks& ranks, const ObjectiveOptions& o, const ModelFiles& files)
-      : Objective(pool, ranks) {
+      : Objective(pool, ranks, o) {
     const auto load = [&](const LoadExamples& request) {
       return o.method == Method::text ? load_text(files, request)
                                       : load_examples(pool, files, request);
@@ -202,9 +202,7 @@ class DocumentObjective : public Objective {
           for (const PackedDocument& d : b.tokens.documents)
             logits.add(b.tokens, d, b.losses.stats);
           out.tokens += b.tokens.tokens();
-          for (size_t d = 0; d < b.members.size() && out.bad_line == 0; ++d)
-            if (!std::isfinite(logp_of(b.tokens.documents[d], b.losses.nll)))
-              out.bad_line = example(b.members[d]).line;
+          note_bad_of(out, false, b, example);
         });
     out.loss = sum / static_cast<double>(learnt);
     out.metrics = {{"entropy", logits.mean_entropy()}, {"mean_token_accuracy", logits.accuracy()}};
@@ -214,6 +212,7 @@ class DocumentObjective : public Objective {
   StepLoss validate(LoraTraining& training, size_t capacity) override {
     const Examples& examples = split_.validation;
     const auto example = [&](size_t i) { return examples[i]; };
+    StepLoss out;
     double sum = 0;
     size_t learnt = 0;
     LogitSums logits;
@@ -226,8 +225,8 @@ class DocumentObjective : public Objective {
           learnt += b.tokens.trained();
           for (const PackedDocument& d : b.tokens.documents)
             logits.add(b.tokens, d, b.losses.stats);
+          note_bad_of(out, true, b, example);
         });
-    StepLoss out;
     out.metrics = {{"entropy", logits.mean_entropy()}, {"mean_token_accuracy", logits.accuracy()}};
     out.loss = learnt == 0 ? 0 : sum / static_cast<double>(learnt);
     return out;
@@ -242,6 +241,14 @@ class DocumentObjective : public Objective {
     for (const uint32_t i : members)
       batch.append(example(i).ids, example(i).trained, rows.empty() ? 0 : rows[i]);
     return batch;
+  }
+
+  template <typename ExampleAt>
+  void note_bad_of(StepLoss& out, bool validates, const DealtBatch& b, ExampleAt&& example) const {
+    for (size_t d = 0; d < b.members.size() && !out.bad_row; ++d)
+      if (const ExampleView e = example(b.members[d]);
+          !std::isfinite(logp_of(b.tokens.documents[d], b.losses.nll)))
+        note_bad(out, validates, e.source, e.line);
   }
 
   // What is not learnt is 0.
@@ -327,7 +334,7 @@ std::pair<std::vector<T>, std::vector<T>> split_rows(std::vector<T> rows, double
 class PairObjective : public Objective {
  public:
   PairObjective(Pool& pool, Ranks& ranks, const ObjectiveOptions& o, const ModelFiles& files)
-      : Objective(pool, ranks), options_(o.preference) {
+      : Objective(pool, ranks, o), options_(o.preference) {
     Preferences<PreferenceExample> data = load_pairs(files, o.data);
     counts_ = data.counts;
     problems_ = std::move(data.problems);
@@ -484,8 +491,9 @@ class PairObjective : public Objective {
         const auto [logps, found] = o.loss_of(row, b.tokens, p, b.losses.nll);
         const PackedDocument& chosen = b.tokens.documents[2 * p];
         out.loss += found.loss / pairs - anchor * logp_of(chosen, b.losses.nll);
-        if (out.bad_line == 0 && !std::isfinite(found.loss))
-          out.bad_line = o.pairs_[row].chosen.line;
+        if (!std::isfinite(found.loss))
+          o.note_bad(out, row >= o.lengths_.size(), o.pairs_[row].chosen.source,
+                     o.pairs_[row].chosen.line);
         rewards.chosen_reward += found.chosen_reward / pairs;
         rewards.rejected_reward += found.rejected_reward / pairs;
         accurate += found.chosen_reward > found.rejected_reward ? 1 / pairs : 0;
@@ -525,7 +533,7 @@ class PairObjective : public Objective {
 class LabelledObjective : public Objective {
  public:
   LabelledObjective(Pool& pool, Ranks& ranks, const ObjectiveOptions& o, const ModelFiles& files)
-      : Objective(pool, ranks), options_(o.preference) {
+      : Objective(pool, ranks, o), options_(o.preference) {
     Preferences<LabelledExample> data = load_labelled(files, o.data);
     counts_ = data.counts;
     problems_ = std::move(data.problems);
@@ -593,7 +601,7 @@ class LabelledObjective : public Objective {
               b.losses);
         },
         [&](const DealtBatch& b) { sums.add(*this, rows, b); });
-    return sums.step_loss();
+    return sums.step_loss(*this);
   }
 
   StepLoss validate(LoraTraining& training, size_t capacity) override {
@@ -605,7 +613,7 @@ class LabelledObjective : public Objective {
         [&](size_t i) { return rows_[rows[i]].example.ids.size(); },
         [&](const std::vector<uint32_t>& members) { return batch_of(rows, members, kAnswer); },
         [&](const DealtBatch& b) { sums.add(*this, rows, b); });
-    return sums.step_loss();
+    return sums.step_loss(*this);
   }
 
  private:
@@ -661,12 +669,31 @@ class LabelledObjective : public Objective {
         });
   }
 
-  double divergence(LoraTraining& training, std::span<const uint32_t> rows, size_t capacity) const {
-    double sum = 0;
+  // How far the policy is from the reference, estimated on mismatched answers.
+  struct Divergence {
+    double kl = 0;
+    std::optional<uint32_t> bad;  // the first row whose mismatched answer makes it no number
+  };
+  Divergence divergence(LoraTraining& training, std::span<const uint32_t> rows,
+                        size_t capacity) const {
+    Divergence out;
     evaluate(training, rows, capacity, kMismatched, [&](uint32_t i, double logp) {
-      sum += (logp - references_[i][kMismatched]) / static_cast<double>(rows.size());
+      out.kl += (logp - references_[i][kMismatched]) / static_cast<double>(rows.size());
+      if (!std::isfinite(logp) && !out.bad) out.bad = i;
     });
-    return std::max(0.0, sum);
+    if (out.kl < 0) out.kl = 0;
+    return out;
+  }
+
+  // The row whose answer is that of `row`'s mismatch.
+  uint32_t mismatched_with(uint32_t row) const {
+    const auto learnt = static_cast<uint32_t>(lengths_.size());
+    if (row < learnt) return row == 0 ? learnt - 1 : row - 1;
+    return row == learnt ? static_cast<uint32_t>(rows_.size()) - 1 : row - 1;
+  }
+
+  void note_bad_row(StepLoss& out, uint32_t row) const {
+    note_bad(out, row >= lengths_.size(), rows_[row].example.source, rows_[row].example.line);
   }
 
   KtoLoss loss_of(uint32_t row, double logp, double kl) const {
@@ -676,12 +703,13 @@ class LabelledObjective : public Objective {
   // What a step over `rows` adds up.
   struct StepSums {
     double count, kl;
+    std::optional<uint32_t> bad_mismatch;
     StepLoss out;
     std::array<double, 2> reward{}, logps{}, of{};  // of unwanted and wanted answers
     std::array<LogitSums, 2> logits;
 
-    StepSums(std::span<const uint32_t> rows, double divergence)
-        : count(static_cast<double>(rows.size())), kl(divergence) {}
+    StepSums(std::span<const uint32_t> rows, const Divergence& found)
+        : count(static_cast<double>(rows.size())), kl(found.kl), bad_mismatch(found.bad) {}
 
     void add(const LabelledObjective& o, std::span<const uint32_t> rows, const DealtBatch& b) {
       out.tokens += b.tokens.tokens();
@@ -691,7 +719,7 @@ class LabelledObjective : public Objective {
         const double logp = logp_of(b.tokens.documents[d], b.losses.nll);
         const KtoLoss found = o.loss_of(i, logp, kl);
         out.loss += found.loss / count;
-        if (out.bad_line == 0 && !std::isfinite(found.loss)) out.bad_line = row.example.line;
+        if (!std::isfinite(logp)) o.note_bad_row(out, i);
         const size_t side = row.desirable ? 1 : 0;
         reward[side] += found.reward;
         logps[side] += logp;
@@ -700,7 +728,9 @@ class LabelledObjective : public Objective {
       }
     }
 
-    StepLoss step_loss() {
+    StepLoss step_loss(const LabelledObjective& o) {
+      // A prompt that breaks its mismatch breaks its own answer too.
+      if (bad_mismatch) o.note_bad_row(out, o.mismatched_with(*bad_mismatch));
       const auto mean = [&](const std::array<double, 2>& sum, size_t side) {
         return of[side] == 0 ? 0.0 : sum[side] / of[side];
       };
@@ -732,6 +762,11 @@ Method parse_method(std::string_view name) {
                                  .cure = fmt::format("one of {}", fmt::join(kMethods, ", "))});
 }
 std::string_view name_of(Method method) { return kMethods[static_cast<size_t>(method)]; }
+
+Objective::Objective(Pool& pool, Ranks& ranks, const ObjectiveOptions& options)
+    : pool_(pool), ranks_(ranks), validation_(options.validation) {
+  for (const DataSource& source : options.data.sources) files_.push_back(source.path);
+}
 
 void Objective::take_reference(LoraTraining&, size_t, const std::filesystem::path&,
                                const std::string&, const std::function<void(size_t, size_t)>&) {}

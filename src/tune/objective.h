@@ -13,6 +13,7 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -35,10 +36,16 @@ struct Metric {
   double value = 0;
 };
 
+// Where a row stands.
+struct RowPlace {
+  std::filesystem::path file;
+  uint64_t line = 0;
+};
+
 struct StepLoss {
   double loss = 0;
-  uint64_t tokens = 0;    // computed
-  uint64_t bad_line = 0;  // of the first row whose loss is no number
+  uint64_t tokens = 0;              // computed
+  std::optional<RowPlace> bad_row;  // the first whose loss is no number
   std::vector<Metric> metrics;
 };
 
@@ -79,10 +86,18 @@ class Objective {
   virtual StepLoss validate(LoraTraining& training, size_t capacity) = 0;
 
  protected:
-  Objective(Pool& pool, Ranks& ranks) : pool_(pool), ranks_(ranks) {}
+  Objective(Pool& pool, Ranks& ranks, const ObjectiveOptions& options);
+
+  // Remembers the first row of `out` that is bad.
+  void note_bad(StepLoss& out, bool validates, size_t source, uint64_t line) const {
+    if (!out.bad_row)
+      out.bad_row = {validates && !validation_.empty() ? validation_ : files_[source], line};
+  }
 
   Pool& pool_;
   Ranks& ranks_;
+  std::vector<std::filesystem::path> files_;  // of rows to learn
+  std::filesystem::path validation_;          // of rows to validate on, if they have their own
   std::vector<size_t> lengths_;
   size_t longest_ = 0, validation_rows_ = 0;
   uint64_t tokens_ = 0, trained_tokens_ = 0;

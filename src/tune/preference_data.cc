@@ -12,6 +12,11 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
+struct RowOrigin {
+  size_t source;  // which of the data sources
+  uint64_t line;
+};
+
 // Examples of conversations whose last answer alone is learnt.
 class LastAnswers {
  public:
@@ -19,16 +24,17 @@ class LastAnswers {
       : system_(options.system), maker_(files, last_only(options)) {}
 
   // `asks` and then `answers`; nullopt if truncation leaves nothing to learn.
-  std::optional<Example> make(Json asks, const Json& answers, const Json& tools, uint64_t line,
+  std::optional<Example> make(Json asks, const Json& answers, const Json& tools, RowOrigin from,
                               DataCounts& counts) {
     if (!system_.empty() && (asks.empty() || asks.front()["role"] != "system"))
       asks.insert(asks.begin(), {{"role", "system"}, {"content", system_}});
     for (const Json& turn : answers) asks.push_back(turn);
     Dataset one;
-    maker_.add_conversation(asks, tools, line, one);
+    maker_.add_conversation(asks, tools, from.line, one);
     counts.truncated += one.counts.truncated;
     counts.without_end += one.counts.without_end;
     if (one.examples.empty()) return std::nullopt;
+    one.examples.back().source = from.source;
     return std::move(one.examples.back());
   }
 
@@ -68,7 +74,7 @@ Preferences<T> load(const LoadExamples& request, TrainingRow::Kind kind, const c
       try {
         const TrainingRow read = read_row(row->value, source.format);
         if (read.kind != kind) throw UnusableRow{"row", shape};
-        add(read, row->line, out);
+        add(read, RowOrigin{static_cast<size_t>(&source - request.sources.data()), row->line}, out);
       } catch (const UnusableRow& unusable) {
         problem({row->line, unusable.field, unusable.what});
       } catch (const Error& error) {
@@ -105,9 +111,9 @@ Preferences<PreferenceExample> load_pairs(const ModelFiles& files, const LoadExa
   LastAnswers answers(files, request.rows);
   return load<PreferenceExample>(
       request, TrainingRow::Kind::preference, "has no two answers: chosen and rejected",
-      [&](const TrainingRow& row, uint64_t line, Preferences<PreferenceExample>& out) {
-        auto chosen = answers.make(row.messages, row.chosen, row.tools, line, out.counts);
-        auto rejected = answers.make(row.messages, row.rejected, row.tools, line, out.counts);
+      [&](const TrainingRow& row, RowOrigin from, Preferences<PreferenceExample>& out) {
+        auto chosen = answers.make(row.messages, row.chosen, row.tools, from, out.counts);
+        auto rejected = answers.make(row.messages, row.rejected, row.tools, from, out.counts);
         if (!chosen || !rejected || chosen->ids == rejected->ids) {
           ++out.counts.without_answer;
           return;
@@ -121,8 +127,8 @@ Preferences<LabelledExample> load_labelled(const ModelFiles& files, const LoadEx
   LastAnswers answers(files, request.rows);
   return load<LabelledExample>(
       request, TrainingRow::Kind::rated, "has no label that says whether its answer is wanted",
-      [&](const TrainingRow& row, uint64_t line, Preferences<LabelledExample>& out) {
-        auto example = answers.make(row.messages, row.chosen, row.tools, line, out.counts);
+      [&](const TrainingRow& row, RowOrigin from, Preferences<LabelledExample>& out) {
+        auto example = answers.make(row.messages, row.chosen, row.tools, from, out.counts);
         if (!example)
           ++out.counts.without_answer;
         else

@@ -1,5 +1,7 @@
 #include "tune/text_data.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -58,6 +60,12 @@ LoadedExamples load_text(const ModelFiles& files, const LoadExamples& request) {
     const size_t before = data.examples.size();
     const auto problem = [&](RowProblem row) {
       ++data.counts.bad;
+      if (data.counts.bad > request.max_bad)
+        throw Error(ErrorKind::bad_input,
+                    {.where = fmt::format("{}: line {}{}{}", path.string(), row.line,
+                                          row.field.empty() ? "" : ": ", row.field),
+                     .what = fmt::format("{}; that is bad row {}", row.what, data.counts.bad),
+                     .cure = "mend the rows, or allow more with --max-bad"});
       if (out.problems.size() < 100) out.problems.push_back({path, std::move(row)});
     };
     if (std::filesystem::is_directory(path)) {
@@ -84,6 +92,8 @@ LoadedExamples load_text(const ModelFiles& files, const LoadExamples& request) {
         problem(row);
       }
     }
+    for (size_t i = before; i < data.examples.size(); ++i)
+      data.examples[i].source = static_cast<size_t>(&source - request.sources.data());
     if (data.examples.size() == before)
       refuse_unusable(path, data.counts, out.problems.empty() ? nullptr : &out.problems[0].row);
   }

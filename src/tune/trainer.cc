@@ -485,6 +485,8 @@ class Run {
     ordered_json line = {{"step", run_.step}, {"val_loss", number_or_null(found.loss)}};
     put(found.metrics, "val_", line);
     if (log_) log_->write(line);
+    if (!std::isfinite(found.loss))
+      refuse_nan(found, fmt::format("validation loss after step {}", run_.step));
     if (run_.step == 0) run_.first_loss = found.loss;
     if (found.loss < run_.best_loss) {
       run_.best_loss = found.loss;
@@ -504,15 +506,14 @@ class Run {
   }
 
   // A loss or gradient that is no number ends the run: going on would hide the row.
-  void refuse_nan(const StepLoss& found) const {
-    throw Error(
-        ErrorKind::bad_input,
-        {.where = found.bad_line != 0
-                      ? fmt::format("{}: line {}", o_.data.front().path.string(), found.bad_line)
-                      : o_.data.front().path.string(),
-         .what = fmt::format("the {} of step {} is no number",
-                             found.bad_line != 0 ? "loss" : "gradient", run_.step + 1),
-         .cure = "look at the row, or lower --lr; what was saved before can be gone on with"});
+  void refuse_nan(const StepLoss& found, const std::string& what) const {
+    throw Error(ErrorKind::bad_input,
+                {.where = found.bad_row ? fmt::format("{}: line {}", found.bad_row->file.string(),
+                                                      found.bad_row->line)
+                                        : o_.data.front().path.string(),
+                 .what = fmt::format("the {} is no number", what),
+                 .cure = "look at the row, or lower --lr; what was saved before can be gone on "
+                         "with"});
   }
 
   // Whether a step stands out so far from the last ones that it is left out.
@@ -535,7 +536,9 @@ class Run {
     const StepLoss found = objective_->accumulate(*training_, rows, capacity_);
     const double norm = global_norm(pool_, training_->gradients());
     const double lr = o_.lr * schedule_factor(schedule_, run_.step);
-    if (!std::isfinite(found.loss) || !std::isfinite(norm)) refuse_nan(found);
+    if (!std::isfinite(found.loss) || !std::isfinite(norm))
+      refuse_nan(found,
+                 fmt::format("{} of step {}", std::isfinite(found.loss) ? "gradient" : "loss", run_.step + 1));
     const bool skips = is_outlier(found.loss, norm);
     if (skips) {
       ++run_.skipped;

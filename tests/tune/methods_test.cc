@@ -475,6 +475,81 @@ TEST_CASE("a loss that is no number ends the run, naming the row") {
   CHECK(e.where().find("rows.jsonl") != std::string::npos);
 }
 
+namespace {
+
+// The model with a head of its own and an embedding of `letter` that is no number to learn with.
+std::filesystem::path broken_model(const TempDir& dir, char letter) {
+  const std::filesystem::path folder = dir.path() / "broken";
+  std::filesystem::create_directories(folder);
+  for (const char* name : {"config.json", "tokenizer.json", "tokenizer_config.json"})
+    std::filesystem::copy_file(kModel / name, folder / name);
+  nlohmann::json config = nlohmann::json::parse(read_file(kModel / "config.json"));
+  config["tie_word_embeddings"] = false;
+  write_file(folder / "config.json", config.dump());
+
+  const TokenId id = open_model(kModel).tokenizer.encode(std::string(1, letter)).back();
+  const SafetensorsFile file(kModel / "model.safetensors");
+  std::vector<Tensor> tensors(file.tensors().begin(), file.tensors().end());
+  const Tensor embedding = *file.find("model.embed_tokens.weight");
+  std::vector<std::byte> broken(embedding.data.begin(), embedding.data.end());
+  const size_t row = embedding.data.size() / embedding.shape[0];
+  REQUIRE(embedding.type == DType::bf16);
+  const uint16_t infinity = 0x7F80;
+  std::memcpy(broken.data() + static_cast<size_t>(id) * row, &infinity, sizeof infinity);
+  for (Tensor& t : tensors)
+    if (t.name == embedding.name) t.data = broken;
+  tensors.push_back(embedding);
+  tensors.back().name = "lm_head.weight";
+  write_safetensors(folder / "model.safetensors", tensors, {{"format", "pt"}});
+  return folder;
+}
+
+}  // namespace
+
+TEST_CASE("a row that makes the loss no number is named by file and line, by every method") {
+  const TempDir dir;
+  const std::filesystem::path model = broken_model(dir, 'Z');
+  // Row 5 of the second file is the only one with the letter.
+  const auto rows_of = [](const std::string& method, bool broken) {
+    std::vector<nlohmann::json> rows;
+    for (size_t i = 0; i < 8; ++i) {
+      const std::string answer =
+          broken && i == 4 ? "aZb" : std::string(2, static_cast<char>('a' + i));
+      nlohmann::json row = {{"prompt", "say " + std::to_string(i)}, {"completion", answer}};
+      if (method == "dpo")
+        row = {{"prompt", row["prompt"]}, {"chosen", "good"}, {"rejected", answer}};
+      if (method == "kto") row["label"] = i % 2 == 0;
+      if (method == "text") row = {{"text", "say " + answer}};
+      rows.push_back(row);
+    }
+    return lines(rows);
+  };
+  for (const std::string method : {"sft", "text", "dpo", "kto"}) {
+    CAPTURE(method);
+    dir.file("sound.jsonl", rows_of(method, false));
+    dir.file("broken.jsonl", rows_of(method, true));
+    TuneOptions o = options_for(dir, method.c_str(), "sound.jsonl");
+    apply_method(method, o);
+    o.model = model;
+    o.data.push_back({.path = dir.path() / "broken.jsonl"});
+    o.rows.plain_template = "{prompt}:{completion}";
+    o.val_fraction = 0;
+    o.batch_size = 4;
+    const Error e = error_from([&] { tune(o); });
+    CHECK(e.kind() == ErrorKind::bad_input);
+    CHECK(e.where().ends_with("broken.jsonl: line 5"));
+    CHECK(e.problem().find("the loss of step") == 0);
+
+    // Likewise where it is validated on.
+    o.out = dir.path() / (method + "_validation");
+    o.data.pop_back();
+    o.validation = dir.path() / "broken.jsonl";
+    const Error v = error_from([&] { tune(o); });
+    CHECK(v.where().ends_with("broken.jsonl: line 5"));
+    CHECK(v.problem() == "the validation loss after step 0 is no number");
+  }
+}
+
 TEST_CASE("a run that does not fit the memory is refused before it begins") {
   const TempDir dir;
   dir.file("rows.jsonl", pairs(4));
