@@ -140,10 +140,33 @@ std::string over_bounds(std::string_view text) {
   return {};
 }
 
-// Why `text` is no row; empty if it is one, then in `value`.
-std::string parse_object(std::string_view text, nlohmann::ordered_json& value) {
-  if (const auto bad = find_invalid_utf8(text))
+// The member of an object's text whose value byte `at` stands in; empty if in none. The name stands
+// before what is broken, so it is UTF-8.
+std::string member_at(std::string_view text, size_t at) {
+  JsonScan scan;
+  size_t name_begins = 0, name_ends = 0;
+  std::string member;
+  for (size_t i = 0; i < at; ++i) {
+    const bool was_in_string = scan.in_string();
+    scan.step(text[i]);
+    if (scan.depth() == 0) member.clear();
+    if (scan.depth() != 1) continue;
+    if (!was_in_string && scan.in_string()) name_begins = i + 1;
+    if (was_in_string && !scan.in_string()) name_ends = i;
+    if (was_in_string || scan.in_string()) continue;
+    if (text[i] == ':') member = text.substr(name_begins, name_ends - name_begins);
+    if (text[i] == ',') member.clear();
+  }
+  return truncate_to_width(member, kMaxDetailColumns);
+}
+
+// Why `text` is no row, and in which member if that is known; empty if it is one, then in `value`.
+std::string parse_object(std::string_view text, nlohmann::ordered_json& value,
+                         std::string& member) {
+  if (const auto bad = find_invalid_utf8(text)) {
+    member = member_at(text, *bad);
     return fmt::format("not UTF-8 at byte {} of the row", *bad + 1);
+  }
   if (std::string problem = over_bounds(text); !problem.empty()) return problem;
   try {
     value = nlohmann::ordered_json::parse(text);
@@ -297,8 +320,9 @@ std::optional<Row> RecordReader::State::row_from_text(uint64_t at) {
     note_overlong(at);
     return std::nullopt;
   }
-  if (std::string problem = parse_object(text, row.value); !problem.empty()) {
-    note(at, "", std::move(problem));
+  std::string member;
+  if (std::string problem = parse_object(text, row.value, member); !problem.empty()) {
+    note(at, std::move(member), std::move(problem));
     return std::nullopt;
   }
   for (const auto& [key, value] : row.value.items())

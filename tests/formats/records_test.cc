@@ -161,6 +161,19 @@ TEST_CASE("bad JSON rows are counted with their line, and the good ones are read
   CHECK(read.problems[6].what == "nested deeper than 500");
 }
 
+TEST_CASE("what is not UTF-8 is told with the member that it stands in") {
+  const auto field = [](const std::string& row) {
+    const Read read = read_text(row + "\n{\"a\":1}\n");
+    REQUIRE(read.problems.size() == 1);
+    CHECK(read.problems[0].what.starts_with("not UTF-8 at byte "));
+    return read.problems[0].field;
+  };
+  CHECK(field("{\"a\":1, \"b\" : \"x\\\"\xFF\"}") == "b");
+  CHECK(field("{\"a\":[{\"c\":\"\xFF\"}],\"b\":2}") == "a");
+  CHECK(field("{\"a\":1,\"\xFF\":2}").empty());
+  CHECK(field("{\"a\":1}\xFF") == "");
+}
+
 TEST_CASE("a message about a bad row is short, however long the row is") {
   const Read read = read_text("{\"a\": \"" + std::string(1'000'000, 'x') + "\n");
   REQUIRE(read.problems.size() == 1);

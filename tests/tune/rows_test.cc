@@ -9,6 +9,8 @@
 
 #include "support.h"
 #include "tune/examples.h"
+#include "tune/preference_data.h"
+#include "tune/text_data.h"
 
 using namespace moru;
 
@@ -48,24 +50,27 @@ LoadedExamples load(LoadExamples request) {
   Pool pool(2);
   return load_examples(pool, model(), request);
 }
-LoadedExamples load(const std::filesystem::path& path) { return load({.sources = {{.path = path}}}); }
+LoadedExamples load(const std::filesystem::path& path) {
+  return load({.sources = {{.path = path}}});
+}
 
 std::string text_of(const ExampleView& e) { return model().tokenizer.decode(e.ids, true); }
 
 }  // namespace
 
 TEST_CASE("golden rows: conversations of every format are the same conversation") {
-  for (const char* text :
-       {R"({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})",
-        R"({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]})",
-        R"({"conversations": [{"role": "user", "content": "q"},
+  for (
+      const char* text :
+      {R"({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})",
+       R"({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]})",
+       R"({"conversations": [{"role": "user", "content": "q"},
                               {"role": "assistant", "content": "a"}]})",
-        R"({"prompt": "q", "completion": "a"})",
-        R"({"prompt": [{"role": "user", "content": "q"}],
+       R"({"prompt": "q", "completion": "a"})",
+       R"({"prompt": [{"role": "user", "content": "q"}],
             "completion": [{"role": "assistant", "content": "a"}]})",
-        R"({"instruction": "q", "output": "a"})",
-        R"({"instruction": "q", "input": "", "output": "a", "history": [], "system": ""})",
-        R"({"instruction": "q", "input": null, "output": "a", "history": null})"}) {
+       R"({"instruction": "q", "output": "a"})",
+       R"({"instruction": "q", "input": "", "output": "a", "history": [], "system": ""})",
+       R"({"instruction": "q", "input": null, "output": "a", "history": null})"}) {
     CAPTURE(text);
     const TrainingRow r = row(text);
     CHECK(r.kind == Kind::conversation);
@@ -74,7 +79,8 @@ TEST_CASE("golden rows: conversations of every format are the same conversation"
   }
   CHECK(row(R"({"text": "all"})").text == "all");
   CHECK(row(R"({"instruction": "Add.", "input": "1 2", "output": 3, "system": "s",
-                "history": [["h", "i"]]})").messages ==
+                "history": [["h", "i"]]})")
+            .messages ==
         json(R"([{"role": "system", "content": "s"}, {"role": "user", "content": "h"},
                  {"role": "assistant", "content": "i"}, {"role": "user", "content": "Add.\n1 2"},
                  {"role": "assistant", "content": "3"}])"));
@@ -142,7 +148,8 @@ TEST_CASE("golden rows: rated answers") {
        {std::pair{R"({"prompt": "q", "completion": "a", "label": true})", true},
         {R"({"prompt": "q", "completion": "a", "label": false})", false},
         {R"({"messages": [{"role": "user", "content": "q"},
-                          {"role": "assistant", "content": "a"}], "kto_tag": false})", false},
+                          {"role": "assistant", "content": "a"}], "kto_tag": false})",
+         false},
         {R"({"instruction": "q", "output": "a", "kto_tag": true})", true}}) {
     CAPTURE(text);
     const TrainingRow r = row(text);
@@ -169,13 +176,16 @@ TEST_CASE("rows that cannot be used name the field") {
            {R"({"prompt": "q", "chosen": "a", "rejected": "a"})", "rejected"},
            // ShareGPT's order: two questions, two answers, an answer first, a late system text.
            {R"({"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"},
-                                  {"from": "gpt", "value": "c"}]})", "conversations"},
+                                  {"from": "gpt", "value": "c"}]})",
+            "conversations"},
            {R"({"conversations": [{"from": "gpt", "value": "a"}]})", "conversations"},
            {R"({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"},
-                                  {"from": "gpt", "value": "c"}]})", "conversations"},
+                                  {"from": "gpt", "value": "c"}]})",
+            "conversations"},
            {R"({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"},
                                   {"from": "system", "value": "c"},
-                                  {"from": "gpt", "value": "d"}]})", "conversations"},
+                                  {"from": "gpt", "value": "d"}]})",
+            "conversations"},
        }) {
     CAPTURE(text);
     CHECK(field_of_problem(text) == field);
@@ -210,22 +220,27 @@ TEST_CASE("a dataset_info.json names files, columns, tags and how many rows") {
   CHECK(mapped.file == dir.path() / "sub/b.jsonl");
   CHECK(mapped.num_samples == 3);
   CHECK(row(R"({"ask": "q", "more": "m", "say": "a", "sys": "s", "input": "not this"})",
-            mapped.format).messages ==
+            mapped.format)
+            .messages ==
         json(R"([{"role": "system", "content": "s"}, {"role": "user", "content": "q\nm"},
                  {"role": "assistant", "content": "a"}])"));
   CHECK(row(R"({"instruction": "q", "output": "a"})", format("plain")).messages == kAnswered);
   CHECK(row(R"({"talk": [{"who": "house", "says": "s"}, {"who": "guest", "says": "q"},
-                         {"who": "host", "says": "a"}]})", format("chats")).messages ==
+                         {"who": "host", "says": "a"}]})",
+            format("chats"))
+            .messages ==
         json(R"([{"role": "system", "content": "s"}, {"role": "user", "content": "q"},
                  {"role": "assistant", "content": "a"}])"));
   CHECK(row(R"({"messages": [{"role": "user", "content": "q"},
-                             {"role": "assistant", "content": "a"}]})", format("oa")).messages ==
-        kAnswered);
+                             {"role": "assistant", "content": "a"}]})",
+            format("oa"))
+            .messages == kAnswered);
   CHECK(row(R"({"q": "q", "yes": "good", "no": "bad"})", format("ranked")).chosen == kGood);
   CHECK(field_of_problem(R"({"q": "q", "yes": "good"})", format("ranked")) == "no");
   CHECK(row(R"({"messages": [{"role": "user", "content": "q"},
                              {"role": "assistant", "content": "a"}], "ok": "false"})",
-            format("rated")).desirable == false);
+            format("rated"))
+            .desirable == false);
   CHECK(row(R"({"text": "all"})", format("raw")).text == "all");
   for (const char* name : {"far", "seen"})
     CHECK(error_from([&] { format(name); }).kind() == ErrorKind::unsupported);
@@ -253,8 +268,9 @@ TEST_CASE("JSON Lines, arrays, CSV and gzip are found by content and give the sa
     crlf.replace(at, 1, "\r\n");
   const std::filesystem::path files[] = {
       dir.file("a.jsonl", lines),
-      dir.file("b.json", "[{\"prompt\": \"q\", \"completion\": \"a\"},\n"
-                         " {\"prompt\": \"Q\", \"completion\": \"A\"}]"),
+      dir.file("b.json",
+               "[{\"prompt\": \"q\", \"completion\": \"a\"},\n"
+               " {\"prompt\": \"Q\", \"completion\": \"A\"}]"),
       dir.file("c.csv", "\xEF\xBB\xBFprompt,completion\r\nq,a\r\n\"Q\",\"A\"\r\n"),
       dir.file("d.jsonl", crlf), zipped};
   for (const auto& file : files) {
@@ -287,6 +303,50 @@ TEST_CASE("bad rows are counted with file, line and field, and too many stop the
   CHECK(e.cure().find("--max-bad") != std::string::npos);
 }
 
+TEST_CASE("every method's reader takes BOM and CRLF, and names file, line and field of bad text") {
+  const TempDir dir;
+  const auto refused = [&](const char* method, const std::filesystem::path& file, auto&& read) {
+    const int line = file.extension() == ".csv" ? 4 : 3;  // after a header
+    CAPTURE(method);
+    LoadExamples request{.sources = {{.path = file}}, .max_bad = 0};
+    const Error e = error_from([&] { read(request); });
+    CHECK(e.kind() == ErrorKind::bad_input);
+    CHECK(e.where().starts_with(fmt::format("{}: line {}: ", file.string(), line)));
+    CHECK(e.problem().find("not UTF-8") != std::string::npos);
+    request.max_bad = 1;
+    CHECK(read(request) == 2);
+    return e.where().substr(e.where().rfind(' ') + 1);
+  };
+  // A good row, a blank line, a broken row, a good row.
+  const auto file = [&](const char* name, const char* first, const char* broken, const char* last) {
+    return dir.file(name, fmt::format("\xEF\xBB\xBF{}\r\n\r\n{}\r\n{}\r\n", first, broken, last));
+  };
+  CHECK(refused("sft",
+                file("sft.jsonl", R"({"prompt": "p", "completion": "a"})",
+                     "{\"prompt\": \"p\", \"completion\": \"\xC3(\"}",
+                     R"({"prompt": "q", "completion": "b"})"),
+                [](const LoadExamples& r) { return load(r).examples.size(); }) == "completion");
+  CHECK(refused("csv", file("sft.csv", "prompt,completion\r\np,a", "\xFF,b", "q,b"),
+                [](const LoadExamples& r) { return load(r).examples.size(); }) == "prompt");
+  CHECK(refused("text",
+                file("text.jsonl", R"({"text": "one"})", "{\"text\": \"\xED\xA0\x80\"}",
+                     R"({"text": "two"})"),
+                [](const LoadExamples& r) { return load_text(model(), r).examples.size(); }) ==
+        "text");
+  CHECK(refused("dpo",
+                file("dpo.jsonl", R"({"prompt": "p", "chosen": "a", "rejected": "b"})",
+                     "{\"prompt\": \"p\", \"chosen\": \"a\", \"rejected\": \"\xFF\"}",
+                     R"({"prompt": "q", "chosen": "a", "rejected": "b"})"),
+                [](const LoadExamples& r) { return load_pairs(model(), r).examples.size(); }) ==
+        "rejected");
+  CHECK(refused("kto",
+                file("kto.jsonl", R"({"prompt": "p", "completion": "a", "label": true})",
+                     "{\"prompt\": \"\xFF\", \"completion\": \"a\", \"label\": true}",
+                     R"({"prompt": "q", "completion": "a", "label": false})"),
+                [](const LoadExamples& r) { return load_labelled(model(), r).examples.size(); }) ==
+        "prompt");
+}
+
 TEST_CASE("a line of 100 MB is a row like any other") {
   const TempDir dir;
   const auto file = dir.path() / "rows.jsonl";
@@ -307,13 +367,16 @@ TEST_CASE("a line of 100 MB is a row like any other") {
 TEST_CASE("weights repeat and thin sources, and the seed chooses which") {
   const TempDir dir;
   std::string a, b;
-  for (int i = 0; i < 100; ++i) a += fmt::format("{{\"prompt\": \"{}\", \"completion\": \"a\"}}\n", i);
-  for (int i = 0; i < 10; ++i) b += fmt::format("{{\"prompt\": \"{}\", \"completion\": \"b\"}}\n", i);
+  for (int i = 0; i < 100; ++i)
+    a += fmt::format("{{\"prompt\": \"{}\", \"completion\": \"a\"}}\n", i);
+  for (int i = 0; i < 10; ++i)
+    b += fmt::format("{{\"prompt\": \"{}\", \"completion\": \"b\"}}\n", i);
   const auto first = dir.file("a.jsonl", a), second = dir.file("b.jsonl", b);
   const auto picked = [&](double wa, double wb, uint64_t samples, uint64_t seed) {
-    const LoadedExamples l = load({.sources = {{.path = first, .weight = wa, .num_samples = samples},
-                                               {.path = second, .weight = wb}},
-                                   .seed = seed});
+    const LoadedExamples l =
+        load({.sources = {{.path = first, .weight = wa, .num_samples = samples},
+                          {.path = second, .weight = wb}},
+              .seed = seed});
     std::array<size_t, 2> counts{};
     std::vector<uint64_t> lines;
     for (size_t i = 0; i < l.examples.size(); ++i) {
@@ -345,7 +408,8 @@ TEST_CASE("equal examples are learnt once where that is asked") {
 
 TEST_CASE("decomposed Korean is counted, and composed only where that is asked") {
   const TempDir dir;
-  const auto file = dir.file("rows.jsonl", "{\"prompt\": \"q\", \"completion\": \"\u1112\u1161\u11AB\"}\n");
+  const auto file =
+      dir.file("rows.jsonl", "{\"prompt\": \"q\", \"completion\": \"\u1112\u1161\u11AB\"}\n");
   const LoadedExamples as_is = load(file);
   CHECK(as_is.counts.not_nfc == 1);
   CHECK(text_of(as_is.examples[0]).find("\u1112\u1161\u11AB") != std::string::npos);
@@ -353,7 +417,8 @@ TEST_CASE("decomposed Korean is counted, and composed only where that is asked")
   CHECK(text_of(composed.examples[0]).find("한") != std::string::npos);
 }
 
-TEST_CASE("examples that memory should not hold are the same from their files, and are used again") {
+TEST_CASE(
+    "examples that memory should not hold are the same from their files, and are used again") {
   const TempDir dir;
   std::string lines;
   for (int i = 0; i < 3000; ++i)
