@@ -8,7 +8,6 @@
 #include <chrono>
 #include <cstdlib>
 #include <fstream>
-#include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
 #include <thread>
@@ -16,6 +15,7 @@
 #include "base/files.h"
 #include "program.h"
 #include "support.h"
+#include "tune_runs.h"
 
 using namespace moru;
 
@@ -39,26 +39,6 @@ std::vector<std::string> mpirun(size_t ranks, const std::vector<std::string>& wo
 
 Ended run(size_t ranks, const std::vector<std::string>& words) {
   return ranks == 1 ? run_program(words) : Program(mpirun(ranks, words), "mpirun").wait();
-}
-
-// Rows as a method reads them.
-std::string rows(const std::string& method, size_t count) {
-  std::string text;
-  for (size_t i = 0; i < count; ++i) {
-    const std::string answer(1 + i % 5, static_cast<char>('a' + i % 26));
-    nlohmann::json row = {{"prompt", "say " + std::to_string(i * 7 % 10)}};
-    if (method == "dpo") {
-      row["chosen"] = answer;
-      row["rejected"] = std::string(2 + i % 3, static_cast<char>('A' + i % 26));
-    } else if (method == "text") {
-      row = {{"text", "say it " + answer}};
-    } else {
-      row["completion"] = answer;
-      if (method == "kto") row["label"] = i % 3 != 0;
-    }
-    text += row.dump() + "\n";
-  }
-  return text;
 }
 
 // Five batches a step, so that rounds are full, and not.
@@ -86,24 +66,6 @@ std::vector<std::string> words_for(const TempDir& dir, const std::string& out,
   words.insert(words.end(), more.begin(), more.end());
   words.insert(words.end(), rest.begin(), rest.end());
   return words;
-}
-
-std::string learnt(const TempDir& dir, const std::string& out) {
-  const std::filesystem::path adapter = dir.path() / out / "adapter" / "adapter_model.safetensors";
-  return std::filesystem::exists(adapter)
-             ? read_file(adapter)
-             : read_file(dir.path() / out / "model" / "model.safetensors");
-}
-
-// The log without what depends on the clock.
-std::vector<nlohmann::json> log_of(const TempDir& dir, const std::string& out) {
-  std::ifstream in(dir.path() / out / "log.jsonl");
-  std::vector<nlohmann::json> lines;
-  for (std::string line; std::getline(in, line);) {
-    lines.push_back(nlohmann::json::parse(line, nullptr, false));
-    if (lines.back().is_object()) lines.back().erase("tokens_per_second");
-  }
-  return lines;
 }
 
 // The lines that moru, rather than mpirun, says an error in.
@@ -169,15 +131,17 @@ TEST_CASE("one, two and four processes learn the same bits by every method") {
   for (const std::vector<std::string>& more : methods) {
     const std::string name = more[1];
     CAPTURE(name);
-    dir.file("rows.jsonl", rows(name, 24));
+    dir.file("rows.jsonl", rows_for(name, 24));
     for (const size_t ranks : {1, 2, 4}) {
       CAPTURE(ranks);
       const std::vector<std::string> words = words_for(dir, name + std::to_string(ranks), more);
       const Ended ended = run(ranks, words);
       CAPTURE(ended.output);
       REQUIRE(ended.code == 0);
-      CHECK(learnt(dir, name + std::to_string(ranks)) == learnt(dir, name + "1"));
-      CHECK(log_of(dir, name + std::to_string(ranks)) == log_of(dir, name + "1"));
+      CHECK(learnt_by(dir.path() / (name + std::to_string(ranks))) ==
+            learnt_by(dir.path() / (name + "1")));
+      CHECK(log_of(dir.path() / (name + std::to_string(ranks))) ==
+            log_of(dir.path() / (name + "1")));
     }
   }
 }
@@ -185,7 +149,7 @@ TEST_CASE("one, two and four processes learn the same bits by every method") {
 TEST_CASE("a run whose process is killed says so once, and any number goes on to the same bits") {
   if (!has_mpirun()) return;
   const TempDir dir;
-  dir.file("rows.jsonl", rows("sft", 24));
+  dir.file("rows.jsonl", rows_for("sft", 24));
   const std::vector<std::string> more = {"--epochs", "60", "--save-steps", "1"};
   REQUIRE(run(1, words_for(dir, "whole", more)).code == 0);
   for (const size_t killed : {1, 0}) {
@@ -196,7 +160,7 @@ TEST_CASE("a run whose process is killed says so once, and any number goes on to
     std::thread killer([&] {
       for (size_t tries = 0; tries < 3000 && !was_killed; ++tries) {
         std::this_thread::sleep_for(std::chrono::milliseconds(10));
-        if (log_of(dir, out).size() < 5 + 10 * killed) continue;
+        if (log_of(dir.path() / out).size() < 5 + 10 * killed) continue;
         const std::optional<pid_t> pid = process_of(killed, (dir.path() / out).string());
         was_killed = pid && ::kill(*pid, SIGKILL) == 0;
       }
@@ -215,16 +179,16 @@ TEST_CASE("a run whose process is killed says so once, and any number goes on to
     CAPTURE(rest.output);
     REQUIRE(rest.code == 0);
     CHECK(rest.output.find("going on from step") != std::string::npos);
-    CHECK(learnt(dir, out) == learnt(dir, "whole"));
-    CHECK(log_of(dir, out) == log_of(dir, "whole"));
+    CHECK(learnt_by(dir.path() / out) == learnt_by(dir.path() / "whole"));
+    CHECK(log_of(dir.path() / out) == log_of(dir.path() / "whole"));
   }
 }
 
 TEST_CASE("an error of all processes is said once, one of a single process names it") {
   if (!has_mpirun()) return;
   const TempDir dir;
-  dir.file("rows.jsonl", rows("sft", 24));
-  dir.file("other.jsonl", rows("sft", 25));
+  dir.file("rows.jsonl", rows_for("sft", 24));
+  dir.file("other.jsonl", rows_for("sft", 25));
   const std::vector<std::string> words = words_for(dir, "out");
   std::vector<std::string> missing = words, other = words;
   missing[2] = (dir.path() / "missing.jsonl").string();
