@@ -29,7 +29,7 @@ constexpr size_t kMaxPoints = 600;
 constexpr size_t kMaxSamples = 40;
 
 struct Series {
-  const char* style;         // "train" or "valid"
+  const char* style;  // "train" or "valid"
   std::string name;
   std::vector<Point> points;  // (step, value)
 };
@@ -68,6 +68,11 @@ std::vector<Point> thinned(const std::vector<Point>& points) {
   return out;
 }
 
+// Columns that are no curves.
+bool is_count(std::string_view column) {
+  return column == "step" || column == "epoch" || column == "tokens" || column == "num_tokens";
+}
+
 // What people call a column.
 std::string title_of(const std::string& column) {
   static const std::map<std::string, std::string, std::less<>> kTitles = {
@@ -90,7 +95,7 @@ Run read_run(const std::filesystem::path& folder) {
     const auto step = j["step"].get<double>();
     run.steps = std::max(run.steps, static_cast<uint64_t>(step));
     for (const auto& [name, value] : j.items()) {
-      if (name == "step" || name == "epoch" || name == "tokens" || !value.is_number()) continue;
+      if (is_count(name) || !value.is_number()) continue;
       if (name != "val_loss" && std::find(order.begin(), order.end(), name) == order.end())
         order.push_back(name);
       if (std::isfinite(value.get<double>())) columns[name].push_back({step, value.get<double>()});
@@ -125,7 +130,9 @@ Run read_run(const std::filesystem::path& folder) {
 std::string tick_text(double value) {
   const double size = std::abs(value);
   if (size >= 1000 && size < 1e9) return fmt::format("{:.0f}", value);
-  return size < 1e-3 ? fmt::format("{:.2g}", value) : fmt::format("{:.4g}", value);
+  if (size == 0 || size >= 1e-3) return fmt::format("{:.4g}", value);
+  const int exponent = static_cast<int>(std::floor(std::log10(size) + 1e-9));
+  return fmt::format("{:.2g}e{}", value / std::pow(10, exponent), exponent);
 }
 
 std::string chart_svg(const Chart& chart, const PictureSize& size) {
@@ -186,10 +193,9 @@ std::string chart_section(const Chart& chart, size_t index) {
       "<div class=\"narrow\">\n{}</div>\n</figure>\n</section>\n",
       escape_markup(chart.title),
       chart_svg(chart, {.height = 260, .id = fmt::format("chart{}-wide", index)}),
-      chart_svg(chart, {.width = 340,
-                        .height = 220,
-                        .font = 11.5,
-                        .id = fmt::format("chart{}-narrow", index)}));
+      chart_svg(
+          chart,
+          {.width = 340, .height = 220, .font = 11.5, .id = fmt::format("chart{}-narrow", index)}));
 }
 
 std::string samples_section(const std::vector<Sample>& samples) {
@@ -200,10 +206,10 @@ std::string samples_section(const std::vector<Sample>& samples) {
       "role=\"columnheader\">prompt</th><th role=\"columnheader\">answer</th><th "
       "role=\"columnheader\">reference</th></tr></thead>\n<tbody role=\"rowgroup\">\n";
   for (const Sample& s : samples) {
-    out += fmt::format("<tr role=\"row\"><th role=\"rowheader\" scope=\"row\">step {}</th>", s.step);
-    for (const auto& [label, words] : {std::pair{"prompt", &s.prompt},
-                                       {"answer", &s.answer},
-                                       {"reference", &s.reference}})
+    out +=
+        fmt::format("<tr role=\"row\"><th role=\"rowheader\" scope=\"row\">step {}</th>", s.step);
+    for (const auto& [label, words] :
+         {std::pair{"prompt", &s.prompt}, {"answer", &s.answer}, {"reference", &s.reference}})
       out += fmt::format(
           "<td role=\"cell\" class=\"wordy\" data-label=\"{}\"><span><bdi>{}</bdi></span></td>",
           label, escape_markup(*words));
@@ -225,10 +231,10 @@ std::string facts_section(const ordered_json& result) {
         }
         std::string label = name;
         std::replace(label.begin(), label.end(), '_', ' ');
-        const std::string words = value.is_string()         ? value.get<std::string>()
-                                  : value.is_number_float() ? fmt::format("{:.6g}",
-                                                                          value.get<double>())
-                                                            : value.dump();
+        const std::string words = value.is_string() ? value.get<std::string>()
+                                  : value.is_number_float()
+                                      ? fmt::format("{:.6g}", value.get<double>())
+                                      : value.dump();
         out += fmt::format("<tr><th scope=\"row\">{}</th><td>{}</td></tr>\n", escape_markup(label),
                            escape_markup(words));
       };
@@ -257,12 +263,13 @@ std::string run_report_html(const std::filesystem::path& folder) {
   if (run.last_validation)
     body += tile("validation loss", fmt::format("{:.4f}", *run.last_validation),
                  fmt::format("{:.4f} before", *run.first_validation));
-  if (run.last_loss) body += tile("training loss", fmt::format("{:.4f}", *run.last_loss), "last step");
+  if (run.last_loss)
+    body += tile("training loss", fmt::format("{:.4f}", *run.last_loss), "last step");
   if (run.rate) body += tile("tokens per second", fmt::format("{:.0f}", *run.rate), "in training");
   if (finished)
-    body += tile("time", format_duration(run.result.value("seconds", 0.0)),
-                 fmt::format("peak memory {} MB",
-                             run.result.value("peak_bytes", uint64_t{0}) / 1'000'000));
+    body += tile(
+        "time", format_duration(run.result.value("seconds", 0.0)),
+        fmt::format("peak memory {} MB", run.result.value("peak_bytes", uint64_t{0}) / 1'000'000));
   body += "</dl>\n</header>\n<main>\n";
   for (size_t i = 0; i < run.charts.size(); ++i) body += chart_section(run.charts[i], i);
   body += samples_section(run.samples) + facts_section(run.result) + "</main>\n";

@@ -11,19 +11,23 @@ TEST_CASE("a run's log becomes one page with a chart for every column, and nothi
   std::string log = "{\"step\":0,\"val_loss\":3.0}\n";
   for (int i = 1; i <= 2000; ++i)
     log += "{\"step\":" + std::to_string(i) + ",\"epoch\":0.1,\"loss\":" + std::to_string(3.0 / i) +
+           ",\"num_tokens\":" + std::to_string(100 * i) +
            ",\"lr\":0.0001,\"grad_norm\":null,\"rewards/margins\":" + std::to_string(-0.001 * i) +
            "}\n";
-  log += "{\"step\":2000,\"val_loss\":1.5}\n"
-         "{\"step\":2000,\"sample\":{\"prompt\":\"<b>Q</b>\",\"answer\":\"모루\"}}\n"
-         "{\"step\":2001,\"lo";  // killed while it wrote
+  log +=
+      "{\"step\":2000,\"val_loss\":1.5}\n"
+      "{\"step\":2000,\"sample\":{\"prompt\":\"<b>Q</b>\",\"answer\":\"모루\"}}\n"
+      "{\"step\":2001,\"lo";  // killed while it wrote
   dir.file("log.jsonl", log);
   const std::string page = run_report_html(dir.path());
-  for (const char* part : {"<h2>Loss</h2>", "<h2>Learning rate</h2>", "<h2>rewards/margins</h2>",
-                           "Under way: 2000 steps", "1.5000", "&lt;b&gt;Q&lt;/b&gt;", "모루"}) {
+  for (const char* part :
+       {"<h2>Loss</h2>", "<h2>Learning rate</h2>", "<h2>rewards/margins</h2>",
+        "Under way: 2000 steps", "1.5000", ">1e-4<", "&lt;b&gt;Q&lt;/b&gt;", "모루"}) {
     CAPTURE(part);
     CHECK(page.find(part) != std::string::npos);
   }
   CHECK(page.find("<h2>Gradient norm</h2>") == std::string::npos);  // it has no numbers
+  CHECK(page.find("num_tokens") == std::string::npos);
   for (const char* part : {"://", "src=", "href="}) CHECK(page.find(part) == std::string::npos);
   CHECK(page.find("nan") == std::string::npos);
   CHECK(page.size() < 400'000);  // thinned
