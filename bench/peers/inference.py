@@ -17,6 +17,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 PEERS = os.environ.get("MORU_PEERS", os.path.expanduser("~/.cache/moru-peers"))
@@ -36,7 +37,9 @@ class Runner:
 
     def run(self, command, env=None, with_log=False):
         command = shlex.split(self.args.wrap) + [str(c) for c in command]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
+        with tempfile.TemporaryDirectory() as folder:  # where peers leave their logs
+            done = subprocess.run(command, capture_output=True, text=True, cwd=folder,
+                                  env={**os.environ, **(env or {})})
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()[-300:]}")
         return done.stdout + done.stderr if with_log else done.stdout
@@ -175,13 +178,16 @@ def main():
     parser.add_argument("--out", help="JSON file to keep results in and add to")
     args = parser.parse_args()
 
+    for name in ("moru", "ik", "llama_avx2"):
+        if path := getattr(args, name):
+            setattr(args, name, os.path.abspath(path))
     run, results = Runner(args), {}
     if args.out and os.path.exists(args.out):
         with open(args.out) as file:
             results = {tuple(key.split("/", 1)): value for key, value in json.load(file).items()}
     wanted = [part for part in args.only.split(",") if part]
     for name in args.files.split(","):
-        model = name if os.path.exists(name) else f"{PEERS}/models/{FILES[name]}"
+        model = os.path.abspath(name) if os.path.exists(name) else f"{PEERS}/models/{FILES[name]}"
         for row, peers in measurements(args, run, model).items():
             if wanted and not any(row.startswith(part) for part in wanted):
                 continue

@@ -103,6 +103,46 @@ TuneOptions options_of(const TuneFlags& flags) {
   return o;
 }
 
+// Flags that say how, where nothing asks what they are about: better refused than ignored.
+void refuse_idle_flags(const CLI::App& cmd, const TuneOptions& o) {
+  const bool pairs = o.method == Method::dpo, kto = o.method == Method::kto;
+  const PreferenceLoss loss = o.preference.loss;
+  const bool orpo = pairs && loss == PreferenceLoss::orpo;
+  const bool smooths =
+      pairs && (loss == PreferenceLoss::sigmoid || loss == PreferenceLoss::robust ||
+                loss == PreferenceLoss::sigmoid_norm || loss == PreferenceLoss::dpop ||
+                loss == PreferenceLoss::simpo);
+  struct Rule {
+    bool idle;
+    std::vector<const char*> flags;
+    const char* wants;
+  };
+  const Rule rules[] = {
+      {o.learnt.full,
+       {"--lora-r", "--lora-alpha", "--use-rslora", "--use-dora", "--target-modules",
+        "--layers-to-transform", "--loraplus-lr-ratio", "--modules-to-save", "--qlora"},
+       "is about adapters, and --full learns the weights themselves"},
+      {!o.learnt.full, {"--freeze-layers"}, "is about --full; see --layers-to-transform"},
+      {o.schedule != Schedule::cosine_with_min_lr,
+       {"--min-lr-ratio"},
+       "is about --lr-scheduler-type cosine_with_min_lr"},
+      {!pairs, {"--loss-type"}, "is about pairs: --method dpo, simpo or orpo"},
+      {!pairs && !kto, {"--beta"}, "is about --method dpo, simpo, orpo or kto"},
+      {!pairs, {"--rpo-alpha"}, "is about pairs: --method dpo, simpo or orpo"},
+      {!smooths, {"--label-smoothing"}, "is about --loss-type sigmoid, sigmoid_norm, robust, dpop or simpo"},
+      {!pairs || (!orpo && o.preference.anchor == 0),
+       {"--anchor-over"},
+       "is about --method orpo, or pairs with --rpo-alpha"},
+      {!pairs || loss != PreferenceLoss::simpo, {"--simpo-gamma"}, "is about --method simpo"},
+      {!pairs || loss != PreferenceLoss::dpop, {"--dpop-lambda"}, "is about --loss-type dpop"},
+      {!kto, {"--desirable-weight", "--undesirable-weight"}, "is about --method kto"},
+  };
+  for (const Rule& rule : rules)
+    for (const char* flag : rule.flags)
+      if (rule.idle && cmd.get_option(flag)->count() != 0)
+        throw Error(ErrorKind::usage, {.where = flag, .what = rule.wants, .cure = "leave it out"});
+}
+
 // The first examples as the model will see them, and what may be wrong with the others.
 void print_check(const TuneOptions& o, size_t count) {
   const ModelFiles files = open_model(o.model);
@@ -146,8 +186,9 @@ void write_report(const std::filesystem::path& folder) {
     write_file(folder / "report.html", run_report_html(folder));
 }
 
-void run_tune(const TuneFlags& flags) {
+void run_tune(const CLI::App& cmd, const TuneFlags& flags) {
   const TuneOptions o = options_of(flags);
+  refuse_idle_flags(cmd, o);
   if (flags.check != 0) return print_check(o, flags.check);
   const std::unique_ptr<Ranks> ranks = join_ranks();
   const bool live = ::isatty(STDERR_FILENO) != 0;
@@ -305,7 +346,7 @@ void add_tune(CLI::App& app) {
   cmd->add_option("--batch-tokens", o.batch_tokens,
                   "a step takes examples up to this many tokens instead");
   cmd->add_option("--micro-batch-tokens", o.micro_batch_tokens,
-                  "tokens computed at a time: changes memory and speed, not results")
+                  "tokens computed at a time: memory and speed, and sums rounded in another order")
       ->capture_default_str();
   cmd->add_option("--eval-steps", o.eval_steps, "0: validate at the end of each epoch")
       ->capture_default_str();
@@ -334,7 +375,7 @@ void add_tune(CLI::App& app) {
   cmd->add_option("--check", flags->check,
                   "print the first N rendered examples and what is odd about the rest, and stop");
   cmd->add_flag("--json", flags->json, "print the result as JSON");
-  cmd->callback([flags] { run_tune(*flags); });
+  cmd->callback([cmd, flags] { run_tune(*cmd, *flags); });
 }
 
 }  // namespace moru

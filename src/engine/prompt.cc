@@ -166,7 +166,8 @@ std::vector<TokenId> encode_prompt(const ModelFiles& files, const PromptStyle& s
                                    Json messages) {
   const bool has_system = !messages.empty() && messages.front().value("role", "") == "system";
   if (!style.system.empty() && !has_system)
-    messages.insert(messages.begin(), {{"role", "system"}, {"content", style.system}});
+    messages.insert(messages.begin(),
+                    Json::object({{"role", "system"}, {"content", style.system}}));
   if (style.plain_template.empty() && files.chat_template)
     return encode_chat(files, {.messages = std::move(messages), .add_generation_prompt = true});
   std::vector<TokenId> ids = encode(

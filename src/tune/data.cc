@@ -112,8 +112,9 @@ void ExampleMaker::add(const Row& row, Dataset& into) const {
                             hash_of(read.text), into);
       case TrainingRow::Kind::conversation:
         if (!options_.system.empty() && read.messages.front()["role"] != "system")
-          read.messages.insert(read.messages.begin(),
-                               {{"role", "system"}, {"content", options_.system}});
+          read.messages.insert(
+              read.messages.begin(),
+              ordered_json::object({{"role", "system"}, {"content", options_.system}}));
         return add_conversation(read.messages, read.tools, row.line, into);
       case TrainingRow::Kind::preference:
         throw UnusableRow{"rejected", "makes this row a preference: learn it by preference"};

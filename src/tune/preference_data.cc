@@ -27,7 +27,7 @@ class LastAnswers {
   std::optional<Example> make(Json asks, const Json& answers, const Json& tools, RowOrigin from,
                               DataCounts& counts) {
     if (!system_.empty() && (asks.empty() || asks.front()["role"] != "system"))
-      asks.insert(asks.begin(), {{"role", "system"}, {"content", system_}});
+      asks.insert(asks.begin(), Json::object({{"role", "system"}, {"content", system_}}));
     for (const Json& turn : answers) asks.push_back(turn);
     Dataset one;
     maker_.add_conversation(asks, tools, from.line, one);

@@ -68,6 +68,17 @@ TEST_CASE("control tokens come from the template alone, whatever field spells th
   CHECK(served.controls(ids) == 4);
 }
 
+TEST_CASE("a style's system message is given to conversations that have none") {
+  const Served served;
+  PromptStyle style;
+  style.system = "Say.";
+  const Json asks = Json::parse(R"([{"role": "user", "content": "Hi"}])");
+  const Json with = Json::parse(R"([{"role": "system", "content": "Say."},
+                                    {"role": "user", "content": "Hi"}])");
+  CHECK(encode_prompt(*served.files, style, asks) == encode_prompt(*served.files, {}, with));
+  CHECK(encode_prompt(*served.files, style, with) == encode_prompt(*served.files, {}, with));
+}
+
 TEST_CASE("texts and names that spell a control token only together are refused") {
   const Served served;
   for (const char* messages :

@@ -68,6 +68,14 @@ TEST_CASE("instructions with an input, a history and a system text keep them all
         "<|im_start|>assistant\n[3<|im_end|>]");
 }
 
+TEST_CASE("a system message is given to rows that have none") {
+  CHECK(rendered(R"({"prompt": "What is it?", "completion": "An anvil."})", {.system = "Say."}) ==
+        "<|im_start|>system\nSay.<|im_end|>\n" + kPair);
+  const char* own = R"({"messages": [{"role": "system", "content": "Own."},
+      {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "An anvil."}]})";
+  CHECK(rendered(own, {.system = "Say."}) == "<|im_start|>system\nOwn.<|im_end|>\n" + kPair);
+}
+
 TEST_CASE("all answers of a conversation are learnt, or the last alone") {
   const char* row = R"({"messages": [
       {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
