@@ -32,9 +32,6 @@ size_t head_rows_for(size_t vocab) {
   constexpr size_t kLogitsBytes = 256 << 20;
   return std::clamp(kLogitsBytes / (4 * vocab) / kTokenTile * kTokenTile, size_t{64}, size_t{512});
 }
-// Columns of dy that one product of the head's input gradient takes: with the whole vocabulary at a
-// time every row is far from the one before it (Gemma 3: 300 GFLOP/s instead of 340).
-constexpr size_t kHeadColumns = 8192;
 
 size_t largest_group_rank(const Lora& lora) {
   size_t largest = 0;
@@ -500,7 +497,7 @@ void head_logits(LoraTraining::State& s, const DenseView& x, float* y) {
 // dx [m, d] = dy [m, vocab] · W of the head.
 void head_input_gradient(LoraTraining::State& s, const Rows& dy, size_t m, float* dx) {
   const Config& c = s.config();
-  const size_t step = std::min(s.unpacked_rows, kHeadColumns);
+  const size_t step = std::min(s.unpacked_rows, s.options.head_columns);
   for (size_t first = 0; first < c.vocab; first += step) {
     const size_t rows = std::min(step, c.vocab - first);
     matmul_nn(*s.pool, dy.view(m, rows, first), s.dense(s.model->output(), first, rows),

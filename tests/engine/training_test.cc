@@ -230,6 +230,22 @@ TEST_CASE("what is made anew has the bits of what is kept") {
   }
 }
 
+TEST_CASE("the head's gradient is the same however many of its columns are taken at a time") {
+  Pool pool(2);
+  Model model = load(pool, "llama", Profile::f32);
+  const Lora lora = random_adapter(model.config, std::array{Projection::q, Projection::down}, 4);
+  const std::vector<Document> documents = random_documents({20, 33});
+  const Gradients whole = gradients_of(pool, model, lora, documents);
+  for (const size_t columns : {64, 100, 255}) {
+    CAPTURE(columns);
+    TrainingOptions options;
+    options.head_columns = columns;
+    const Gradients parts = gradients_of(pool, model, lora, documents, options);
+    CHECK(parts.loss == whole.loss);
+    CHECK(relative_distance(parts.values, whole.values) < 1e-5);
+  }
+}
+
 TEST_CASE("packed documents give what each gives alone, and so do small batches") {
   Pool pool(2);
   for (const char* name : kModels) {

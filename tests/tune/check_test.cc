@@ -47,6 +47,19 @@ constexpr const char* kRows =
 
 }  // namespace
 
+TEST_CASE("an end that is there but not learnt is told") {
+  const TempDir dir;
+  const LoadedExamples data = load(dir, kRows);
+  ExampleView e = data.examples[0];
+  std::vector<uint8_t> trained;
+  for (const uint8_t t : e.trained) trained.push_back(t);
+  REQUIRE(!trained.empty());
+  trained[trained.size() - 1] = 0;
+  e.trained = trained;
+  CHECK(show_example(model(), e, "rows.jsonl", {}).find("no end token learnt") !=
+        std::string::npos);
+}
+
 TEST_CASE("an example is shown as the model reads it, what is learnt in brackets or on colour") {
   const TempDir dir;
   const LoadedExamples data = load(dir, kRows);

@@ -42,6 +42,17 @@ TEST_CASE("short answers that differ are not alike") {
   for (const size_t repeats : near_duplicates(texts)) CHECK(repeats == kNoDuplicate);
 }
 
+TEST_CASE("what a tenth of many texts share does not make them alike") {
+  Random random(3);
+  std::vector<std::string> texts;
+  for (int i = 0; i < 40; ++i)
+    texts.push_back("Read the message of our customer and name its intent in one word: " +
+                    random_text(random, 6));
+  for (const size_t repeats : near_duplicates(texts)) CHECK(repeats == kNoDuplicate);
+  texts.push_back(texts[7]);
+  CHECK(near_duplicates(texts).back() == 7);
+}
+
 TEST_CASE("texts are alike exactly from the threshold on") {
   const uint64_t seed = 7;
   CAPTURE(seed);
