@@ -21,6 +21,7 @@ using nlohmann::ordered_json;
 
 struct BenchFlags {
   ModelFlags model;
+  CacheFlags cache;
   bool machine = false, json = false;
   size_t prompt = 512, generate = 64, depth = 0, repeat = 3;
   std::vector<size_t> batches = {1, 8, 32};
@@ -99,21 +100,24 @@ Work work_of(const Model& model) {
 }
 
 // Seconds that the machine's limits allow for one sequence's `tokens` new ones after `context`, of
-// which `logits` meet the head. Attention is f32 work; keys and values count as the cache has them.
-double least_seconds(const Model& model, const Work& work, const MachineRates& rates, double tokens,
-                     double sequences, double context, double logits) {
-  const Config& c = model.config;
+// which `logits` meet the head. Keys and values count as the cache has them: attention over codes
+// of i16 is int16 work, over all others f32 work.
+double least_seconds(const Model& model, const KvShape& kv, const Work& work,
+                     const MachineRates& rates, double tokens, double sequences, double context,
+                     double logits) {
   const double products = model.profile == Profile::exact
                               ? (model.activations == Activations::int8 ? rates.int8 : rates.int16)
                           : model.profile == Profile::bf16 ? std::max(rates.bf16, rates.f32)
                                                            : rates.f32;
   const double keys = context + (tokens / sequences + 1) / 2;
-  const double kv_bytes =
-      sequences * (context + tokens / sequences) * static_cast<double>(4 * c.layers * c.kv_width());
+  const double bytes_per_token =
+      static_cast<double>(KvCache::page_bytes(kv) * KvCache::groups(kv)) / kPageTokens;
+  const double kv_bytes = sequences * (context + tokens / sequences) * bytes_per_token;
   const double arithmetic =
       products == 0 ? 0
                     : (tokens * work.block_operations + logits * work.head_operations) / products +
-                          tokens * keys * work.attention_operations / rates.f32;
+                          tokens * keys * work.attention_operations /
+                              (kv.type == KvType::i16 ? rates.int16 : rates.f32);
   return std::max((work.bytes + kv_bytes) / rates.read, arithmetic);
 }
 
@@ -122,9 +126,10 @@ struct Measured {
   double tokens_per_s = 0, seconds = 0;
   double steps = 0, tokens = 0, sequences = 0, context = 0, logits = 0;  // the last four of a step
 };
-double share_of_limit(const Model& model, const Work& work, const MachineRates& rates,
-                      const Measured& m) {
-  return m.steps * least_seconds(model, work, rates, m.tokens, m.sequences, m.context, m.logits) /
+double share_of_limit(const Model& model, const KvShape& kv, const Work& work,
+                      const MachineRates& rates, const Measured& m) {
+  return m.steps *
+         least_seconds(model, kv, work, rates, m.tokens, m.sequences, m.context, m.logits) /
          m.seconds;
 }
 
@@ -132,12 +137,16 @@ class ModelBench {
  public:
   ModelBench(const BenchFlags& flags, Pool& pool, const Model& model)
       : flags_(flags),
-        engine_(pool, model, {.step_tokens = step_tokens(flags), .cache_tokens = room(flags)}),
+        engine_(pool, model,
+                {.step_tokens = step_tokens(flags),
+                 .cache_tokens = room(flags),
+                 .kv_type = flags.cache.engine_options().kv_type}),
         ids_(flags.depth + std::max(flags.prompt, flags.generate)) {
     for (size_t i = 0; i < ids_.size(); ++i)
       ids_[i] = static_cast<TokenId>((i * 7919 + 11) % model.config.vocab);
   }
 
+  const KvShape& kv_shape() { return engine_.cache().shape(); }
   size_t cache_bytes() {
     return engine_.cache().total_pages() * KvCache::page_bytes(engine_.cache().shape());
   }
@@ -241,7 +250,9 @@ void bench_model(const BenchFlags& flags) {
   const uint64_t peak_bytes = peak_memory_bytes();  // what follows takes memory of its own
   const MachineRates rates = measure_machine(pool);
   const Work work = work_of(model);
-  const auto of_limit = [&](const Measured& m) { return share_of_limit(model, work, rates, m); };
+  const auto of_limit = [&](const Measured& m) {
+    return share_of_limit(model, run.kv_shape(), work, rates, m);
+  };
 
   if (flags.json) {
     ordered_json rows = ordered_json::array();
@@ -287,6 +298,7 @@ void add_bench(CLI::App& app) {
   CLI::App* cmd =
       app.add_subcommand("bench", "Measure a model's speed, or what this machine could do at most");
   flags->model.add_to(*cmd);
+  flags->cache.add_type_to(*cmd);
   CLI::Option* machine = cmd->add_flag("--machine", flags->machine,
                                        "no model: measure reading, arithmetic and parallel phases");
   cmd->get_option("model")->required(false)->excludes(machine);

@@ -58,22 +58,27 @@ struct ModelFlags {
 // Flags of the cache that holds keys and values.
 struct CacheFlags {
   uint64_t memory = 0;
-  std::string type = "f16";
+  std::string type = "i16";
 
   void add_to(CLI::App& cmd) {
     cmd.add_option("--cache-memory", memory,
                    "most memory for keys and values, as 512MiB; 0: what 16,384 tokens take")
         ->transform(CLI::AsSizeValue(true));
-    cmd.add_option("--kv-type", type,
-                   "what keys and values are rounded to: f16 (as good as exact), bf16, or q8_0 "
-                   "(half the memory)")
-        ->check(CLI::IsMember({"f16", "bf16", "q8_0"}))
+    add_type_to(cmd);
+  }
+  void add_type_to(CLI::App& cmd) {
+    cmd.add_option(
+           "--kv-type", type,
+           "what keys and values are rounded to: i16 (as good as exact, fastest), f16, bf16, "
+           "or q8_0 (half the memory)")
+        ->check(CLI::IsMember({"i16", "f16", "bf16", "q8_0"}))
         ->capture_default_str();
   }
 
   EngineOptions engine_options() const {
     EngineOptions options;
     options.cache_bytes = memory;
+    if (type == "f16") options.kv_type = KvType::f16;
     if (type == "bf16") options.kv_type = KvType::bf16;
     if (type == "q8_0") options.kv_type = KvType::q8_0;
     return options;

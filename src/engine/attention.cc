@@ -108,13 +108,14 @@ struct BlockScratch {
   float *scores, *page;
   uint32_t *first, *end;
   static size_t floats(size_t rows, size_t head_dim) {
-    return rows * kKeyBlock + kKeyPage * head_dim + 2 * Scratch::padded(rows);
+    return rows * kKeyBlock + Scratch::padded(attend_scratch(rows, head_dim)) +
+           2 * Scratch::padded(rows);
   }
 };
 BlockScratch take_block(Scratch& scratch, size_t rows, size_t head_dim) {
   BlockScratch b{};
   b.scores = scratch.take(rows * kKeyBlock);
-  b.page = scratch.take(kKeyPage * head_dim);
+  b.page = scratch.take(attend_scratch(rows, head_dim));
   b.first = reinterpret_cast<uint32_t*>(scratch.take(rows));
   b.end = reinterpret_cast<uint32_t*>(scratch.take(rows));
   return b;
@@ -182,7 +183,7 @@ void attend_item(const CachedCall& call, const CachedItem& item) {
   const KvType type = call.cache.shape().type;
   const size_t page_floats = kKeyPage * dim;
   const size_t wide_floats =
-      type == KvType::f16 || type == KvType::f32 ? 0 : 2 * kPagesPerBlock * page_floats;
+      type == KvType::bf16 || type == KvType::q8_0 ? 2 * kPagesPerBlock * page_floats : 0;
   Scratch& scratch = item_scratch();
   scratch.open(Scratch::padded(rows * dim) + BlockScratch::floats(rows, dim) +
                2 * Rows::floats(rows, dim) + wide_floats);
@@ -205,7 +206,9 @@ void attend_item(const CachedCall& call, const CachedItem& item) {
                     .head_dim = dim,
                     .scale = call.shape.scale,
                     .softcap = call.shape.softcap,
-                    .f16 = type == KvType::f16,
+                    .type = type == KvType::i16   ? PageType::i16
+                            : type == KvType::f16 ? PageType::f16
+                                                  : PageType::f32,
                     .pages = 0,
                     .keys = nullptr,
                     .values = nullptr,
@@ -410,9 +413,10 @@ void attend_packed_item(const PackedCall& call, const PackedItem& item) {
       float* values = gathers ? gathered + p * kKeyPage * dim : nullptr;
       each_run(item.document, at, end, [&](size_t position, size_t count, size_t row) {
         const size_t from = row * call.ldkv + item.kv_head * dim;
-        kernels.put_keys(call.k + from, call.ldkv, position - at, count, dim, false, panel);
+        kernels.put_keys(call.k + from, call.ldkv, position - at, count, dim, PageType::f32, panel);
         if (gathers)
-          kernels.put_values(call.v + from, call.ldkv, position - at, count, dim, false, values);
+          kernels.put_values(call.v + from, call.ldkv, position - at, count, dim, PageType::f32,
+                             values);
         else
           value_pages[p] = call.v + from;
       });
@@ -432,7 +436,7 @@ void attend_packed_item(const PackedCall& call, const PackedItem& item) {
                               .head_dim = dim,
                               .scale = shape.scale,
                               .softcap = shape.softcap,
-                              .f16 = false,
+                              .type = PageType::f32,
                               .pages = pages,
                               .keys = key_pages,
                               .values = value_pages,
@@ -521,10 +525,11 @@ void attend_packed_backward_item(const PackedBackward& call, const PackedItem& i
     const float* k = k_rows;
     each_run(document, key, key + keys, [&](size_t position, size_t count, size_t row) {
       const size_t from = row * call.ldkv + kv_column;
-      kernels.put_keys(call.k + from, call.ldkv, position - key, count, dim, false, k_page);
-      kernels.put_keys(call.v + from, call.ldkv, position - key, count, dim, false, v_page);
+      kernels.put_keys(call.k + from, call.ldkv, position - key, count, dim, PageType::f32, k_page);
+      kernels.put_keys(call.v + from, call.ldkv, position - key, count, dim, PageType::f32, v_page);
       if (gathers)
-        kernels.put_values(call.k + from, call.ldkv, position - key, count, dim, false, k_rows);
+        kernels.put_values(call.k + from, call.ldkv, position - key, count, dim, PageType::f32,
+                           k_rows);
       else
         k = call.k + from;
     });

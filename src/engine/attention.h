@@ -1,5 +1,5 @@
-// Causal attention, grouped over query heads, in f32: over the paged KV cache for inference, over
-// packed documents for training.
+// Causal attention, grouped over query heads: over the paged KV cache for inference, over packed
+// documents for training. In f32, but for a cache of i16, whose codes are multiplied as they are.
 //
 // Inference is exact: keys are taken in tiles of 16 positions and blocks of 512, merged in order
 // (online softmax, arXiv:2205.14135), so a token's result has the same bits whatever the batch,

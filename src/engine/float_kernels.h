@@ -22,27 +22,41 @@ inline constexpr size_t kKeyPage = 64;
 // Keys whose softmax is one unit; units are merged in order.
 inline constexpr size_t kKeyBlock = 512;
 
+// How a page of keys and values is stored.
+//   f32, f16   keys [head_dim][64 keys], values [64 keys][head_dim]
+//   i16        16-bit codes in pairs, as instructions that add up products of pairs take them: keys
+//              [head_dim / 2][64 keys][2], a pair being two elements of a key; values
+//              [64 / 2][head_dim][2], a pair being two keys; then 64 f32 scales, one a key
+enum class PageType : uint8_t { f32, f16, i16 };
+
 // The keys and values of one block of up to kKeyBlock positions against some query rows, which may
 // belong to several tokens and to the heads of one group.
 struct AttendBlock {
   const float* q;  // [rows, head_dim], ldq apart
   size_t ldq, rows, head_dim;
   float scale, softcap;
-  bool f16;                   // of keys and values: f16 or f32
+  PageType type;
   size_t pages;               // pages that hold keys of this block, at most 8
-  const void* const* keys;    // [pages]: each [head_dim][64 keys]
-  const void* const* values;  // [pages]: each [64][head_dim], ldv apart
+  const void* const* keys;    // [pages]
+  const void* const* values;  // [pages]: rows of f32 are ldv apart
   size_t ldv;
   const void* next;             // what is read after this block, to be prefetched
   const uint32_t *first, *end;  // [rows]: the keys of the block that a row sees; none if equal
   float* scores;                // scratch [rows, kKeyBlock]
-  float* page;                  // scratch [64 · head_dim]: a page widened to f32
+  float* page;                  // scratch: see attend_scratch
   // Results: the maximum of score · log2 e, the sum of 2^(score · log2 e − maximum), and that sum
   // weighted with the values.
   // Rows that see nothing get sum = 0, and their `out` is not written.
   float *max, *sum;  // [rows]
   float* out;        // [rows, head_dim]
 };
+
+// Floats of AttendBlock::page: a page widened from f16 to f32, or the codes and scales of the query
+// rows.
+constexpr size_t attend_scratch(size_t rows, size_t head_dim) {
+  const size_t widened = kKeyPage * head_dim, coded = rows * head_dim / 2 + rows;
+  return widened > coded ? widened : coded;
+}
 
 // One tile of the backward pass: query rows of one head against one page of keys.
 struct AttendBackwardTile {
@@ -84,7 +98,7 @@ struct FloatKernels {
                              size_t n, uint16_t* d_gate, uint16_t* d_up);
   void (*add_scaled)(const float* x, size_t n, float scale, float* y);  // y += scale · x
   void (*scale)(const float* x, size_t n, float factor, float* y);      // y = factor · x + 0
-  void (*round_to_bf16)(const float* x, size_t n, uint16_t* y);  // y may begin where x does
+  void (*round_to_bf16)(const float* x, size_t n, uint16_t* y);         // y may begin where x does
   void (*widen_bf16)(const uint16_t* x, size_t n, float* y);
   void (*softcap)(float* x, size_t n, float cap);
   float (*dot)(const float* x, const float* y, size_t n);
@@ -92,13 +106,12 @@ struct FloatKernels {
   // has max −∞ and sum 0.
   void (*exp_sum)(const float* x, size_t n, float* y, float* max, float* sum);
 
-  // Keys of `count` tokens into a page [head_dim][64] at columns first …, values into
-  // [64][head_dim] at rows first …; f16 is saturated at ±65,504, so that a value that a query does
-  // not see can be multiplied by its probability of 0.
+  // Keys and values of `count` tokens into a page, at places first …; f16 is saturated at ±65,504,
+  // so that a value that a query does not see can be multiplied by its probability of 0.
   void (*put_keys)(const float* k, size_t ldk, size_t first, size_t count, size_t head_dim,
-                   bool f16, void* page);
+                   PageType type, void* page);
   void (*put_values)(const float* v, size_t ldv, size_t first, size_t count, size_t head_dim,
-                     bool f16, void* page);
+                     PageType type, void* page);
   // Pages of 8-bit codes as f32, each code times its token's scale, [64]: keys [head_dim][64],
   // values [64][head_dim].
   void (*widen_q8_keys)(const int8_t* codes, const float* scales, size_t head_dim, float* to);

@@ -136,6 +136,54 @@ inline float max_lanes(Vec v) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
+// 16 words of 32 bits, each a whole number or a pair of 16-bit ones.
+struct Words {
+  __m256i lo, hi;
+};
+inline Words zero_words() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Words load_words(const int16_t* p) {
+  const auto* halves = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+}
+inline void store_words(int16_t* p, Words w) {
+  auto* halves = reinterpret_cast<__m256i*>(p);
+  _mm256_storeu_si256(halves, w.lo);
+  _mm256_storeu_si256(halves + 1, w.hi);
+}
+inline Words splat_pair(const int16_t* p) {
+  int32_t pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  return {_mm256_set1_epi32(pair), _mm256_set1_epi32(pair)};
+}
+// acc + a₀b₀ + a₁b₁ in each word.
+inline Words add_dots(Words acc, Words a, Words b) {
+  return {_mm256_add_epi32(acc.lo, _mm256_madd_epi16(a.lo, b.lo)),
+          _mm256_add_epi32(acc.hi, _mm256_madd_epi16(a.hi, b.hi))};
+}
+inline Words add_words(Words a, Words b) {
+  return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+inline int32_t sum_of_words(Words w) {
+  const __m256i eight = _mm256_add_epi32(w.lo, w.hi);
+  __m128i x = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
+}
+inline Vec to_floats(Words w) { return {_mm256_cvtepi32_ps(w.lo), _mm256_cvtepi32_ps(w.hi)}; }
+// To nearest, ties to even; NaN becomes some number.
+inline Words to_words(Vec v) { return {_mm256_cvtps_epi32(v.lo), _mm256_cvtps_epi32(v.hi)}; }
+// The low halves as pairs (a, b).
+inline Words pair_up(Words a, Words b) {
+  return {_mm256_blend_epi16(a.lo, _mm256_slli_epi32(b.lo, 16), 0xaa),
+          _mm256_blend_epi16(a.hi, _mm256_slli_epi32(b.hi, 16), 0xaa)};
+}
+// Words that 16 bits hold.
+inline void store_low_halves(int16_t* p, Words w) {
+  // packs works within 128-bit halves; the permutation puts the quarters in order.
+  const __m256i packed = _mm256_packs_epi32(w.lo, w.hi);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+
 // Rows of 8 into columns of 8.
 inline void transpose_8(const float* p, size_t ld, __m256 out[8]) {
   __m256 t[8], u[8];

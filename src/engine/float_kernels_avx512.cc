@@ -93,6 +93,37 @@ inline float max_lanes(Vec v) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
+// 16 words of 32 bits, each a whole number or a pair of 16-bit ones. Not __m512i, whose lanes have
+// 64 bits: GCC 12 would copy each accumulator at each step.
+using Words [[gnu::vector_size(64), gnu::may_alias]] = int32_t;
+inline Words words_of(__m512i bits) { return reinterpret_cast<Words>(bits); }
+inline __m512i bits_of(Words w) { return reinterpret_cast<__m512i>(w); }
+inline Words zero_words() { return words_of(_mm512_setzero_si512()); }
+inline Words load_words(const int16_t* p) { return words_of(_mm512_loadu_si512(p)); }
+inline void store_words(int16_t* p, Words w) { _mm512_storeu_si512(p, bits_of(w)); }
+inline Words splat_pair(const int16_t* p) {
+  int32_t pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  return words_of(_mm512_set1_epi32(pair));
+}
+// acc + a₀b₀ + a₁b₁ in each word.
+inline Words add_dots(Words acc, Words a, Words b) {
+  return words_of(_mm512_dpwssd_epi32(bits_of(acc), bits_of(a), bits_of(b)));
+}
+inline Words add_words(Words a, Words b) { return a + b; }
+inline int32_t sum_of_words(Words w) { return _mm512_reduce_add_epi32(bits_of(w)); }
+inline Vec to_floats(Words w) { return _mm512_cvtepi32_ps(bits_of(w)); }
+// To nearest, ties to even; NaN becomes some number.
+inline Words to_words(Vec v) { return words_of(_mm512_cvtps_epi32(v)); }
+// The low halves as pairs (a, b).
+inline Words pair_up(Words a, Words b) {
+  return words_of(
+      _mm512_mask_blend_epi16(0xaaaaaaaa, bits_of(a), _mm512_slli_epi32(bits_of(b), 16)));
+}
+inline void store_low_halves(int16_t* p, Words w) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits_of(w)));
+}
+
 // out[d] holds element d of the 16 rows.
 inline void transpose(const float* p, size_t ld, Vec out[16]) {
   __m512 t[16];

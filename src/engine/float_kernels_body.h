@@ -1,6 +1,6 @@
 // The kernels of float_kernels.h over a vector of 16 floats. Included by each level's file inside
 // its anonymous namespace, after it has defined Vec, Mask, the sizes of tiles and the operations;
-// so this file includes nothing itself.
+// so this file includes nothing but its own parts.
 
 // A matrix operand in f16.
 struct Half {
@@ -405,12 +405,6 @@ inline void put_keys_as(const float* k, size_t ldk, size_t first, size_t count, 
     }
   }
 }
-void put_keys(const float* k, size_t ldk, size_t first, size_t count, size_t head_dim, bool f16,
-              void* page) {
-  f16 ? put_keys_as(k, ldk, first, count, head_dim, static_cast<Half*>(page))
-      : put_keys_as(k, ldk, first, count, head_dim, static_cast<float*>(page));
-}
-
 template <typename T>
 inline void put_values_as(const float* v, size_t ldv, size_t first, size_t count, size_t head_dim,
                           T* page) {
@@ -418,13 +412,9 @@ inline void put_values_as(const float* v, size_t ldv, size_t first, size_t count
     for (size_t d = 0; d < head_dim; d += 16)
       put_words(page + (first + t) * head_dim + d, load(v + t * ldv + d));
 }
-void put_values(const float* v, size_t ldv, size_t first, size_t count, size_t head_dim, bool f16,
-                void* page) {
-  f16 ? put_values_as(v, ldv, first, count, head_dim, static_cast<Half*>(page))
-      : put_values_as(v, ldv, first, count, head_dim, static_cast<float*>(page));
-}
-
 // ---- Attention ----------------------------------------------------------------------------------
+//
+// Over f32 and f16 here, over i16 in code_attention_body.h.
 //
 // Zeros. Rows of one tile may see different keys; the product runs over all that any of them sees,
 // with probability 0 where a row does not see. That adds exactly nothing, but may turn a −0 into
@@ -454,6 +444,9 @@ struct Seen {
   int first, end;
   bool all(size_t i) const {
     return first <= static_cast<int>(i) && static_cast<int>(i) + 16 <= end;
+  }
+  bool none(size_t i) const {
+    return end <= static_cast<int>(i) || static_cast<int>(i) + 16 <= first;
   }
   Mask mask(size_t i) const {
     const auto at = static_cast<int>(i);
@@ -516,12 +509,38 @@ void widen_q8_values(const int8_t* codes, const float* scales, size_t head_dim, 
   }
 }
 
+#include "engine/code_attention_body.h"
+
+void put_keys(const float* k, size_t ldk, size_t first, size_t count, size_t head_dim,
+              PageType type, void* page) {
+  switch (type) {
+    case PageType::f32:
+      return put_keys_as(k, ldk, first, count, head_dim, static_cast<float*>(page));
+    case PageType::f16:
+      return put_keys_as(k, ldk, first, count, head_dim, static_cast<Half*>(page));
+    case PageType::i16:
+      return put_key_codes(k, ldk, first, count, head_dim, static_cast<int16_t*>(page));
+  }
+}
+
+void put_values(const float* v, size_t ldv, size_t first, size_t count, size_t head_dim,
+                PageType type, void* page) {
+  switch (type) {
+    case PageType::f32:
+      return put_values_as(v, ldv, first, count, head_dim, static_cast<float*>(page));
+    case PageType::f16:
+      return put_values_as(v, ldv, first, count, head_dim, static_cast<Half*>(page));
+    case PageType::i16:
+      return put_value_codes(v, ldv, first, count, head_dim, static_cast<int16_t*>(page));
+  }
+}
+
 // Below this many rows a page of f16 is widened as it is read, in tiles tall enough to read it once
 // for a group of up to 8 heads; above, it is widened once for all rows.
 constexpr size_t kWidenRows = 12;
-inline bool widens(const AttendBlock& b) { return b.f16 && b.rows >= kWidenRows; }
+inline bool widens(const AttendBlock& b) { return b.type == PageType::f16 && b.rows >= kWidenRows; }
 inline size_t rows_per_tile(const AttendBlock& b) {
-  return b.f16 && !widens(b) ? kTallTileRows : kTileRows;
+  return b.type == PageType::f16 && !widens(b) ? kTallTileRows : kTileRows;
 }
 
 template <typename T>
@@ -563,10 +582,11 @@ inline void values_of_page(const AttendBlock& b, size_t page, const T* values, c
 }
 
 void attend_block(const AttendBlock& b) {
+  if (b.type == PageType::i16) return attend_codes(b);
   const size_t page_words = kKeyPage * b.head_dim;
   const bool widen = widens(b);
   for (size_t p = 0; p < b.pages; ++p) {
-    if (b.f16 && !widen) {
+    if (b.type == PageType::f16 && !widen) {
       const auto* keys = static_cast<const Half*>(b.keys[p]);
       const void* ahead = p + 1 < b.pages ? b.keys[p + 1] : b.values[0];
       scores_of_page(b, p, keys, static_cast<const Half*>(ahead));
@@ -584,7 +604,7 @@ void attend_block(const AttendBlock& b) {
                   b.max + r, b.sum + r);
   });
   for (size_t p = 0; p < b.pages; ++p) {
-    if (b.f16 && !widen) {
+    if (b.type == PageType::f16 && !widen) {
       const auto* values = static_cast<const Half*>(b.values[p]);
       const void* ahead = p + 1 < b.pages ? b.values[p + 1] : b.next;
       values_of_page(b, p, values, static_cast<const Half*>(ahead), b.ldv);

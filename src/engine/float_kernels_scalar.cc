@@ -120,6 +120,66 @@ inline float max_lanes(Vec v) {
       v.lane[i] = v.lane[i] > v.lane[i + half] ? v.lane[i] : v.lane[i + half];
   return v.lane[0];
 }
+// 16 words of 32 bits, each a whole number or a pair of 16-bit ones.
+struct Words {
+  uint32_t lane[16];
+};
+template <typename F>
+inline Words words(F f) {
+  Words y;
+  for (int i = 0; i < 16; ++i) y.lane[i] = f(i);
+  return y;
+}
+inline int32_t low_half(uint32_t word) { return static_cast<int16_t>(word & 0xffff); }
+inline int32_t high_half(uint32_t word) { return static_cast<int16_t>(word >> 16); }
+
+inline Words zero_words() { return Words{}; }
+inline Words load_words(const int16_t* p) {
+  Words y;
+  __builtin_memcpy(y.lane, p, sizeof y.lane);
+  return y;
+}
+inline void store_words(int16_t* p, Words w) { __builtin_memcpy(p, w.lane, sizeof w.lane); }
+inline Words splat_pair(const int16_t* p) {
+  uint32_t pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  return words([=](int) { return pair; });
+}
+// acc + a₀b₀ + a₁b₁ in each word.
+inline Words add_dots(Words acc, Words a, Words b) {
+  return words([&](int i) {
+    const int32_t low = low_half(a.lane[i]) * low_half(b.lane[i]);
+    const int32_t high = high_half(a.lane[i]) * high_half(b.lane[i]);
+    return acc.lane[i] + static_cast<uint32_t>(low) + static_cast<uint32_t>(high);
+  });
+}
+inline Words add_words(Words a, Words b) {
+  return words([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline int32_t sum_of_words(Words w) {
+  uint32_t sum = 0;
+  for (const uint32_t word : w.lane) sum += word;
+  return static_cast<int32_t>(sum);
+}
+inline Vec to_floats(Words w) {
+  return lanes([&](int i) { return static_cast<float>(static_cast<int32_t>(w.lane[i])); });
+}
+// To nearest, ties to even; NaN becomes some number.
+inline Words to_words(Vec v) {
+  const Vec whole = round_to_integer(v);
+  return words([&](int i) {
+    const float x = whole.lane[i];
+    return x >= -4194304.0f && x <= 4194304.0f ? static_cast<uint32_t>(static_cast<int32_t>(x))
+                                               : 0x80000000u;
+  });
+}
+// The low halves as pairs (a, b).
+inline Words pair_up(Words a, Words b) {
+  return words([&](int i) { return (a.lane[i] & 0xffff) | b.lane[i] << 16; });
+}
+inline void store_low_halves(int16_t* p, Words w) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int16_t>(w.lane[i] & 0xffff);
+}
 inline void transpose(const float* p, size_t ld, Vec out[16]) {
   for (size_t d = 0; d < 16; ++d)
     for (size_t t = 0; t < 16; ++t) out[d].lane[t] = p[t * ld + d];

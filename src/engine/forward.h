@@ -31,7 +31,7 @@ struct EngineOptions {
   size_t step_tokens = 512;     // most tokens of one step
   size_t cache_tokens = 16384;  // positions that the KV cache has room for, over all sequences
   size_t cache_bytes = 0;       // or its memory, never more; 0: what cache_tokens take
-  KvType kv_type = KvType::f16;
+  KvType kv_type = KvType::i16;
   const Adapter* adapter = nullptr;  // of spans that name none; must outlive the engine
 };
 

@@ -6,7 +6,7 @@
 // scores of 16 keys grow side by side without sums across lanes. V is a row per token: the weighted
 // sum runs along head_dim. A head's K and V of a page are one stretch of 2 · 64 · head_dim words
 // (16 KB for 64 of f16), which is what attention reads at a time. In q8_0 each is followed by 64
-// f32 scales, one a token.
+// f32 scales, one a token. In i16 too, and words lie in pairs: see PageType in float_kernels.h.
 #include "engine/kv_cache.h"
 
 #include <algorithm>
@@ -34,6 +34,8 @@ size_t head_bytes(const KvShape& shape) {
     case KvType::f16:
     case KvType::bf16:
       return words * 2;
+    case KvType::i16:
+      return words * 2 + kPageTokens * sizeof(float);
     case KvType::q8_0:
       return words + kPageTokens * sizeof(float);
     case KvType::f32:
@@ -95,6 +97,8 @@ size_t layers_per_group(const KvShape& shape) {
 
 const char* name_of(KvType type) {
   switch (type) {
+    case KvType::i16:
+      return "i16";
     case KvType::f16:
       return "f16";
     case KvType::bf16:
@@ -343,9 +347,12 @@ void KvCache::write(const KvSequence& sequence, size_t layer, size_t first, size
     for (size_t head = 0; head < s.shape.kv_heads; ++head) {
       std::byte* to = s.keys(page, layer, head);
       const size_t from = done * ld + head * dim;
-      if (type == KvType::f16 || type == KvType::f32) {
-        kernels.put_keys(k + from, ld, column, part, dim, type == KvType::f16, to);
-        kernels.put_values(v + from, ld, column, part, dim, type == KvType::f16, to + s.head_bytes);
+      if (type != KvType::bf16 && type != KvType::q8_0) {
+        const PageType page_type = type == KvType::i16   ? PageType::i16
+                                   : type == KvType::f16 ? PageType::f16
+                                                         : PageType::f32;
+        kernels.put_keys(k + from, ld, column, part, dim, page_type, to);
+        kernels.put_values(v + from, ld, column, part, dim, page_type, to + s.head_bytes);
         continue;
       }
       for (size_t t = 0; t < part; ++t) {

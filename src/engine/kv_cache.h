@@ -27,14 +27,15 @@ inline constexpr size_t kPageTokens = 64;
 inline constexpr size_t kKeptTokens = 64;
 inline constexpr uint32_t kNoPage = UINT32_MAX;
 
-// What keys and values are rounded to. f16 keeps 11 bits and is as good as exact; bf16 has 8; q8_0
-// halves the memory: 8-bit codes with one f32 scale per token and head. f32 is for references.
-enum class KvType { f16, bf16, q8_0, f32 };
+// What keys and values are rounded to. i16, 16-bit codes with one f32 scale per token and head, is
+// as good as exact, and attention multiplies the codes as they are; f16 keeps 11 bits, bf16 8; q8_0
+// halves the memory: 8-bit codes with such scales. f32 is for references.
+enum class KvType { i16, f16, bf16, q8_0, f32 };
 const char* name_of(KvType type);
 
 struct KvShape {
   size_t layers = 0, kv_heads = 0, head_dim = 0;  // head_dim: a multiple of 16
-  KvType type = KvType::f16;
+  KvType type = KvType::i16;
   size_t window = 0;           // positions that a windowed layer sees; 0: no layer is windowed
   std::vector<bool> windowed;  // by layer; empty: none
   size_t longest = 0;          // tokens for which a sequence has its table of pages from the start

@@ -144,7 +144,7 @@ TEST_CASE("the count sees what is allocated" * doctest::skip(!kHooked)) {
 TEST_CASE("a step of quantized weights allocates nothing" * doctest::skip(!kHooked)) {
   const TempDir folder;
   for (const std::string family : {"llama", "gemma3"})
-    for (const KvType type : {KvType::f16, KvType::bf16, KvType::q8_0}) {
+    for (const KvType type : {KvType::i16, KvType::f16, KvType::bf16, KvType::q8_0}) {
       CAPTURE(family);
       CAPTURE(int(type));
       const auto path = folder.path() / "tiny.gguf";

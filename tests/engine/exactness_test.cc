@@ -178,8 +178,8 @@ TEST_CASE("exact logits are the same at every threshold of rows and in batches o
   std::vector<Case> cases;
   // Block types of each shape: blocks of 16 and of 32, with and without minimums.
   for (const DType type : {DType::q4_0, DType::q4_k, DType::q6_k, DType::q2_k, DType::iq4_xs})
-    cases.push_back({"llama", type, KvType::f16});
-  for (const KvType kv : {KvType::f16, KvType::bf16, KvType::q8_0, KvType::f32})
+    cases.push_back({"llama", type, KvType::i16});
+  for (const KvType kv : {KvType::i16, KvType::f16, KvType::bf16, KvType::q8_0, KvType::f32})
     cases.push_back({"gemma3", DType::q5_k, kv});
   cases.push_back({"llama", DType::q8_0, KvType::q8_0});
   for (const Case& c : cases) {
@@ -247,7 +247,7 @@ TEST_CASE("a hash of exact logits" * doctest::skip()) {
   const auto path = folder.path() / "tiny.gguf";
   uint64_t hash = 14695981039346656037u;  // FNV-1a
   for (const DType type : {DType::q4_k, DType::q6_k, DType::q8_0, DType::q4_0, DType::iq4_xs}) {
-    for (const KvType kv : {KvType::f16, KvType::q8_0}) {
+    for (const KvType kv : {KvType::i16, KvType::f16, KvType::q8_0}) {
       write_tiny_model(path, {.family = "gemma3", .type = type, .seed = 7});
       const ModelFiles files = open_model(path);
       Pool pool(2);

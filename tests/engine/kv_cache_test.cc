@@ -123,6 +123,40 @@ TEST_CASE("bf16 and q8_0 round a token's keys and values on their own, wherever 
         2 * 64 * (64 + 4));
 }
 
+TEST_CASE("i16 keeps a token's keys and values to half a code, wherever it lands") {
+  const size_t tokens = 150, dim = 48, ld = 2 * dim + 3;
+  std::vector<float> k = normals(tokens * ld, 1), v = normals(tokens * ld, 2);
+  for (size_t d = 0; d < dim; ++d) k[10 * ld + d] *= 1e-6f;  // each token has its own scale
+  std::fill_n(v.begin() + ptrdiff_t(20 * ld), dim, 0.0f);
+  for (const size_t cut : {1, 7, 64, 150}) {
+    CAPTURE(cut);
+    KvCache cache({.layers = 2, .kv_heads = 2, .head_dim = dim, .type = KvType::i16}, 3);
+    KvSequence s = cache.make_sequence();
+    REQUIRE(cache.reserve(s, tokens));
+    for (size_t t = 0; t < tokens; t += cut)
+      cache.write(s, 1, t, std::min(cut, tokens - t), k.data() + t * ld, v.data() + t * ld, ld);
+    cache.advance(s, tokens);
+    bool good = true;
+    for (size_t head = 0; head < 2; ++head)
+      for (size_t t = 0; t < tokens; ++t) {
+        const auto* keys = static_cast<const int16_t*>(cache.keys(s, t / 64, 1, head));
+        const auto* values = static_cast<const int16_t*>(cache.values(s, t / 64, 1, head));
+        const size_t at = t % 64, row = t * ld + head * dim;
+        const float k_scale = reinterpret_cast<const float*>(keys + 64 * dim)[at];
+        const float v_scale = reinterpret_cast<const float*>(values + 64 * dim)[at];
+        for (size_t d = 0; d < dim; ++d) {
+          const float key = k_scale * keys[d / 2 * 128 + 2 * at + d % 2];
+          const float value = v_scale * values[at / 2 * 2 * dim + 2 * d + at % 2];
+          good = good && std::abs(key - k[row + d]) <= 0.501f * k_scale &&
+                 std::abs(value - v[row + d]) <= 0.501f * v_scale;
+        }
+      }
+    CHECK(good);
+  }
+  CHECK(KvCache::page_bytes({.layers = 1, .kv_heads = 1, .head_dim = 64, .type = KvType::i16}) ==
+        2 * 64 * (2 * 64 + 4));
+}
+
 TEST_CASE("q8_0 saturates instead of becoming infinite; NaN stays, in its token alone") {
   KvCache cache({.layers = 1, .kv_heads = 1, .head_dim = 16, .type = KvType::q8_0}, 1);
   KvSequence s = cache.make_sequence();
@@ -140,7 +174,7 @@ TEST_CASE("q8_0 saturates instead of becoming infinite; NaN stays, in its token 
 }
 
 TEST_CASE("f16 saturates instead of becoming infinite; NaN stays") {
-  KvCache cache({.layers = 1, .kv_heads = 1, .head_dim = 16}, 1);
+  KvCache cache({.layers = 1, .kv_heads = 1, .head_dim = 16, .type = KvType::f16}, 1);
   KvSequence s = cache.make_sequence();
   std::vector<float> rows(16, 0.0f);
   rows[0] = 1e6f;
@@ -160,7 +194,7 @@ TEST_CASE("f16 saturates instead of becoming infinite; NaN stays") {
 TEST_CASE("pages are taken when reserved and come back with the last sequence") {
   KvCache cache({.layers = 1, .kv_heads = 1, .head_dim = 16}, 4);
   CHECK(cache.total_pages() == 4);
-  CHECK(KvCache::page_bytes(cache.shape()) == 2 * 64 * 16 * 2);
+  CHECK(KvCache::page_bytes(cache.shape()) == 2 * 64 * (16 * 2 + 4));
   {
     KvSequence a = cache.make_sequence();
     CHECK(cache.reserve(a, 0));
@@ -186,7 +220,7 @@ TEST_CASE("pages are taken when reserved and come back with the last sequence") 
 }
 
 TEST_CASE("a fork shares full pages and copies the partial one") {
-  KvCache cache({.layers = 2, .kv_heads = 2, .head_dim = 16}, 8);
+  KvCache cache({.layers = 2, .kv_heads = 2, .head_dim = 16, .type = KvType::f16}, 8);
   KvSequence a = cache.make_sequence();
   append(cache, a, 1.0f, 100);
   KvSequence b = cache.make_sequence();
@@ -225,7 +259,7 @@ TEST_CASE("a fork without a free page for its copy fails and changes nothing") {
 }
 
 TEST_CASE("a sequence cut inside a shared page writes to its own copy") {
-  KvCache cache({.layers = 1, .kv_heads = 1, .head_dim = 16}, 3);
+  KvCache cache({.layers = 1, .kv_heads = 1, .head_dim = 16, .type = KvType::f16}, 3);
   KvSequence a = cache.make_sequence();
   append(cache, a, 1.0f, 128);
   KvSequence b = cache.make_sequence();
@@ -270,6 +304,7 @@ KvShape windowed_shape(size_t window) {
   return {.layers = 9,
           .kv_heads = 1,
           .head_dim = 16,
+          .type = KvType::f16,
           .window = window,
           .windowed = {true, true, false, true, true, false, true, true, false}};
 }

@@ -17,7 +17,7 @@ namespace {
 constexpr size_t kDim = 16;
 
 KvShape shape(size_t window = 0) {
-  KvShape s{.layers = 3, .kv_heads = 1, .head_dim = kDim};
+  KvShape s{.layers = 3, .kv_heads = 1, .head_dim = kDim, .type = KvType::f16};
   if (window > 0) {
     s.window = window;
     s.windowed = {true, false, true};
@@ -207,7 +207,7 @@ TEST_CASE("with windows a beginning is resumed only where the window's pages are
 }
 
 TEST_CASE("where all layers are windowed, nodes run out first: the least recently used goes") {
-  KvShape windowed{.layers = 2, .kv_heads = 1, .head_dim = kDim};
+  KvShape windowed{.layers = 2, .kv_heads = 1, .head_dim = kDim, .type = KvType::f16};
   windowed.window = 50;
   windowed.windowed = {true, true};
   KvCache cache(windowed, 16);
