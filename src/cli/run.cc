@@ -31,6 +31,7 @@ struct RunFlags {
   std::string json_schema, regex;  // a file, an expression
   bool raw = false, json = false, json_object = false, drafts = true;
   size_t max_tokens = 512;
+  std::vector<std::string> stops;
   SamplingOptions sampling;
 };
 
@@ -55,6 +56,7 @@ GenerationResult answer(Generator& generator, const ModelFiles& files, const Run
                     .max_tokens = flags.max_tokens,
                     .sampling = flags.sampling,
                     .stop_ids = files.stop_ids,
+                    .stop_texts = flags.stops,
                     .language = language,
                     .drafts = flags.drafts});
   while (generator.busy()) {
@@ -142,11 +144,16 @@ void add_run(CLI::App& app) {
   cmd->add_option("-p,--prompt", flags->prompt, "one message; without it, read them line by line");
   cmd->add_option("--system", flags->system, "system message");
   cmd->add_flag("--raw", flags->raw, "complete the text as it is, without the chat template");
-  cmd->add_option("--max-tokens", flags->max_tokens, "longest answer")->capture_default_str();
+  cmd->add_option("--max-tokens", flags->max_tokens, "longest answer")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  cmd->add_option("--stop", flags->stops, "text that ends an answer; may be given again");
   SamplingOptions& s = flags->sampling;
   cmd->add_option("--temperature", s.temperature, "0: always the most likely token")
       ->capture_default_str();
-  cmd->add_option("--top-k", s.top_k, "keep the k most likely tokens")->capture_default_str();
+  cmd->add_option("--top-k", s.top_k, "keep the k most likely tokens; 0: all")
+      ->check(CLI::Range(0, 1 << 30))
+      ->capture_default_str();
   cmd->add_option("--top-p", s.top_p, "keep the likeliest set with this probability")
       ->capture_default_str();
   cmd->add_option("--min-p", s.min_p, "keep tokens with this share of the best's probability")
@@ -163,6 +170,7 @@ void add_run(CLI::App& app) {
   cmd->add_option("--dry-base", s.dry_base, "how steeply that grows with their length")
       ->capture_default_str();
   cmd->add_option("--dry-allowed-length", s.dry_allowed_length, "tokens that may repeat")
+      ->check(CLI::Range(0, 1 << 20))
       ->capture_default_str();
   cmd->add_option("--dry-sequence-breaker", s.dry_sequence_breakers,
                   "text at which a repetition ends; may be given again");
