@@ -126,6 +126,12 @@ void refuse_idle_flags(const CLI::App& cmd, const TuneOptions& o) {
       {o.schedule != Schedule::cosine_with_min_lr,
        {"--min-lr-ratio"},
        "is about --lr-scheduler-type cosine_with_min_lr"},
+      {o.method != Method::sft,
+       {"--last-turn-only", "--train-on-prompt"},
+       "is about --method sft: text has no prompts, and preferences are between last answers"},
+      {o.rows.last_turn_only,
+       {"--train-on-prompt"},
+       "learns all of a conversation, and --last-turn-only its last answer"},
       {!pairs, {"--loss-type"}, "is about pairs: --method dpo, simpo or orpo"},
       {!pairs && !kto, {"--beta"}, "is about --method dpo, simpo, orpo or kto"},
       {!pairs, {"--rpo-alpha"}, "is about pairs: --method dpo, simpo or orpo"},
@@ -282,6 +288,8 @@ void add_tune(CLI::App& app) {
   cmd->add_option("--normalize", flags->normalize, "nfc: compose decomposed text (Korean as jamo)")
       ->check(CLI::IsMember({"nfc"}));
   cmd->add_flag("--last-turn-only", o.rows.last_turn_only, "learn only the last answer of a row");
+  cmd->add_flag("--train-on-prompt", o.rows.train_on_prompt,
+                "learn prompts too: all of a conversation, as the template renders it");
 
   cmd->add_option("--lora-r,--lora-rank", o.lora.rank, "rank")->capture_default_str();
   cmd->add_option("--lora-alpha", o.lora.alpha, "alpha; the scale is alpha/r")

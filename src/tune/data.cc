@@ -108,7 +108,7 @@ void ExampleMaker::add(const Row& row, Dataset& into) const {
     TrainingRow read = read_row(value, options_.format);
     switch (read.kind) {
       case TrainingRow::Kind::text:
-        return add_segments({read.text, {}}, {{{read.text.size(), true}}}, row.line,
+        return add_segments({read.text, {}}, {{{read.text.size(), Learnt::answer}}}, row.line,
                             hash_of(read.text), into);
       case TrainingRow::Kind::conversation:
         if (!options_.system.empty() && read.messages.front()["role"] != "system")
@@ -136,6 +136,7 @@ void ExampleMaker::add_conversation(const ordered_json& messages, const ordered_
   for (size_t i = 0; i < messages.size(); ++i)
     if (messages[i]["role"] == "assistant") answers.push_back(i);
   const size_t last = answers.back();
+  const Learnt prompts = options_.train_on_prompt ? Learnt::all : Learnt::nothing;
   const auto first_turns = [&](size_t count) {
     return ordered_json(messages.begin(), messages.begin() + static_cast<std::ptrdiff_t>(count));
   };
@@ -151,7 +152,8 @@ void ExampleMaker::add_conversation(const ordered_json& messages, const ordered_
     const std::string answer = *content;
     whole.append({answer, {{0, answer.size()}}});
     whole.append({plain.substr(plain.find(kCompletion) + kCompletion.size()), {}});
-    return add_segments(whole, {{{prompt, false}, {whole.text.size(), true}}}, line, hash, into);
+    return add_segments(whole, {{{prompt, prompts}, {whole.text.size(), Learnt::answer}}}, line,
+                        hash, into);
   }
 
   // The rendering up to each answer, and with it.
@@ -170,20 +172,25 @@ void ExampleMaker::add_conversation(const ordered_json& messages, const ordered_
     pure = whole.starts_with(before) && whole.starts_with(with) && before.text.size() >= at &&
            with.text.size() >= before.text.size();
     if (!pure) break;
-    segments.push_back({before.text.size(), false});
-    segments.push_back({with.text.size(), i == last || !options_.last_turn_only});
+    segments.push_back({before.text.size(), prompts});
+    segments.push_back({with.text.size(), i == last                  ? Learnt::answer
+                                          : options_.train_on_prompt ? Learnt::all
+                                          : options_.last_turn_only  ? Learnt::nothing
+                                                                     : Learnt::answer});
     at = with.text.size();
   }
   if (pure) return add_segments(whole, segments, line, hash, into);
 
   // The template rewrites earlier turns (it drops old reasoning, say): one example for each answer,
-  // rendered as it stands when that answer is due.
-  ++into.counts.split_by_turn;
+  // rendered as it stands when that answer is due. Where prompts are learnt, the last of them is
+  // all of the conversation; earlier ones would learn its turns again.
+  const bool last_only = options_.last_turn_only || options_.train_on_prompt;
+  if (!last_only) ++into.counts.split_by_turn;
   for (const size_t i : answers) {
-    if (options_.last_turn_only && i != last) continue;
+    if (last_only && i != last) continue;
     const PromptText with = render(i + 1, false);
     const size_t same = common_start(render(i, true).text, with.text);
-    add_segments(with, {{{same, false}, {with.text.size(), true}}}, line, hash, into);
+    add_segments(with, {{{same, prompts}, {with.text.size(), Learnt::answer}}}, line, hash, into);
   }
 }
 
@@ -215,9 +222,8 @@ void ExampleMaker::add_segments(const PromptText& whole, std::span<const Segment
     else
       ids = encode(tokenizer, whole.first(segments[i].end).from(i == 0 ? 0 : segments[i - 1].end));
     done = ends[std::min(i, ends.size() - 1)];
-    // An answer is learnt up to the token that ends it; what a template adds after that is not.
-    size_t learnt = segments[i].learnt ? ids.size() : 0;
-    if (segments[i].learnt) {
+    size_t learnt = segments[i].learnt == Learnt::nothing ? 0 : ids.size();
+    if (segments[i].learnt == Learnt::answer) {
       const auto stop = std::find_if(ids.rbegin(), ids.rend(), is_stop);
       const bool last = i + 1 == segments.size();
       if (stop != ids.rend()) {

@@ -37,6 +37,9 @@ struct DataOptions {
   size_t max_length = 1024;                      // tokens
   Truncation truncation = Truncation::keep_start;
   bool last_turn_only = false;  // learn the last answer of a conversation, not all
+  // Learn prompts too: all of a conversation as the template renders it at its end, whatever
+  // last_turn_only says.
+  bool train_on_prompt = false;
 };
 
 // One document, ready to be learnt.
@@ -83,10 +86,13 @@ class ExampleMaker {
                         uint64_t line, Dataset& into) const;
 
  private:
+  // What of a piece is learnt. An answer is, up to the token that ends it; what a template adds
+  // after that is not.
+  enum class Learnt { nothing, answer, all };
   // A piece of a rendering, up to byte `end` of it.
   struct Segment {
     size_t end;
-    bool learnt;
+    Learnt learnt;
   };
   void add_segments(const PromptText& whole, std::span<const Segment> segments, uint64_t line,
                     uint64_t hash, Dataset& into) const;

@@ -41,6 +41,7 @@ class LastAnswers {
  private:
   static DataOptions last_only(DataOptions options) {
     options.last_turn_only = true;
+    options.train_on_prompt = false;
     return options;
   }
   std::string system_;

@@ -1,5 +1,6 @@
 // Rows that say which answer is better (rows.h), as token ids. Conversations are rendered and
-// tokenised by ExampleMaker; only the last answer is learnt.
+// tokenised by ExampleMaker; only the last answer is learnt, whatever
+// the options say.
 #pragma once
 #include <cstdint>
 #include <filesystem>

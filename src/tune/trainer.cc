@@ -72,7 +72,7 @@ std::string fingerprint_of(const TuneOptions& o) {
       {"columns", {o.rows.prompt_column, o.rows.completion_column}},
       {"max_length", o.rows.max_length},
       {"truncation", static_cast<int>(o.rows.truncation)},
-      {"last_turn_only", o.rows.last_turn_only},
+      {"mask", {o.rows.last_turn_only, o.rows.train_on_prompt}},
       {"lora", {o.lora.rank, o.lora.alpha, o.lora.rank_stabilised, o.lora.dora}},
       {"targets", ordered_json::array()},
       {"adamw", {o.adamw.beta1, o.adamw.beta2, o.adamw.eps, o.adamw.weight_decay}},

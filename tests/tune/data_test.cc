@@ -16,6 +16,17 @@ const ModelFiles& model() {
   return files;
 }
 
+// The same with a template that leaves out the answers of earlier turns.
+ModelFiles rewriting_model() {
+  ModelFiles files = open_model(MORU_SOURCE_DIR "/tests/golden/tune/llama");
+  files.chat_template.emplace(
+      "rewriting",
+      "{% for m in messages %}{{ m.role }}:"
+      "{% if m.role != 'assistant' %}{{ m.content }}{% elif loop.last %}{{ m.content }}<|im_end|>"
+      "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}");
+  return files;
+}
+
 // The text of an example with what is learnt in brackets.
 std::string marked(const Example& e) {
   std::string out;
@@ -87,6 +98,52 @@ TEST_CASE("all answers of a conversation are learnt, or the last alone") {
   CHECK(rendered(row, {.last_turn_only = true}) == user + "a<|im_end|>\n" + assistant +
                                                        "b<|im_end|>\n" + user + "c<|im_end|>\n" +
                                                        assistant + "[d<|im_end|>]");
+}
+
+TEST_CASE("with prompts learnt, everything is, and the ids stay those of answers alone") {
+  const DataOptions all{.train_on_prompt = true};
+  const std::string user = "<|im_start|>user\n", assistant = "<|im_start|>assistant\n";
+  // Between turns the template's own text too, but nothing after the last end of turn.
+  const char* chat = R"({"messages": [
+      {"role": "system", "content": "s"}, {"role": "user", "content": "a"},
+      {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
+      {"role": "assistant", "content": "d"}, {"role": "user", "content": "never answered"}]})";
+  // The first token, which is BOS here, has nothing before it to be learnt from.
+  CHECK(rendered(chat, all) == "<|im_start|>[system\ns<|im_end|>\n" + user + "a<|im_end|>\n" +
+                                   assistant + "b<|im_end|>\n" + user + "c<|im_end|>\n" +
+                                   assistant + "d<|im_end|>]");
+  const char* pair = R"({"prompt": "What is it?", "completion": "An anvil."})";
+  CHECK(rendered(pair, all) == "<|im_start|>[user\nWhat is it?<|im_end|>\n" + assistant +
+                                   "An anvil.<|im_end|>]");
+  // An end of turn that a plain template has before the answer does not end it.
+  CHECK(rendered(pair, {.plain_template = "Q: {prompt}<|im_end|>\nA: {completion}",
+                        .train_on_prompt = true}) ==
+        "[Q: What is it?<|im_end|>\nA: An anvil.<|im_end|>]");
+  CHECK(rendered(R"({"text": "all of it"})", all) == "[all of it<|im_end|>]");
+  // A cut that leaves no answer leaves a prompt to learn.
+  CHECK(rendered(pair, {.plain_template = "{prompt}{completion}",
+                        .max_length = 7,
+                        .train_on_prompt = true}) == "[What is]");
+  for (const char* row : {chat, pair}) {
+    CHECK(made(row, all).examples.at(0).ids == made(row).examples.at(0).ids);
+    CHECK(made(row, all).examples.at(0).hash == made(row).examples.at(0).hash);
+  }
+}
+
+TEST_CASE("where a template rewrites earlier turns, prompts are learnt once, as they end") {
+  const ModelFiles files = rewriting_model();
+  const auto row = nlohmann::ordered_json::parse(R"({"messages": [
+      {"role": "user", "content": "a"}, {"role": "assistant", "content": "old"},
+      {"role": "user", "content": "c"}, {"role": "assistant", "content": "new"}]})");
+  Dataset turns, whole;
+  ExampleMaker(files, {}).add({1, row}, turns);
+  ExampleMaker(files, {.train_on_prompt = true}).add({1, row}, whole);
+  REQUIRE(turns.examples.size() == 2);
+  CHECK(turns.counts.split_by_turn == 1);
+  REQUIRE(whole.examples.size() == 1);
+  CHECK(whole.counts.split_by_turn == 0);
+  CHECK(marked(whole.examples[0]) == "[user:a\nassistant:\nuser:c\nassistant:new<|im_end|>]");
+  CHECK(whole.examples[0].ids == turns.examples[1].ids);
 }
 
 TEST_CASE("a plain template is rendered as it stands and ends with EOS") {
