@@ -731,17 +731,22 @@ class LabelledObjective : public Objective {
     StepLoss step_loss(const LabelledObjective& o) {
       // A prompt that breaks its mismatch breaks its own answer too.
       if (bad_mismatch) o.note_bad_row(out, o.mismatched_with(*bad_mismatch));
-      const auto mean = [&](const std::array<double, 2>& sum, size_t side) {
-        return of[side] == 0 ? 0.0 : sum[side] / of[side];
-      };
-      out.metrics = {{"rewards/chosen", mean(reward, 1)},
-                     {"rewards/rejected", mean(reward, 0)},
-                     {"rewards/margins", mean(reward, 1) - mean(reward, 0)},
-                     {"logps/chosen", mean(logps, 1)},
-                     {"logps/rejected", mean(logps, 0)},
-                     {"logits/chosen", logits[1].mean_logit()},
-                     {"logits/rejected", logits[0].mean_logit()},
-                     {"kl", kl}};
+      // A side without answers in the step has no means; TRL leaves them out too.
+      for (const auto& [side, name] : {std::pair{1u, "chosen"}, {0u, "rejected"}}) {
+        if (of[side] == 0) continue;
+        out.metrics.push_back({fmt::format("rewards/{}", name), reward[side] / of[side]});
+        out.metrics.push_back({fmt::format("logps/{}", name), logps[side] / of[side]});
+        out.metrics.push_back({fmt::format("logits/{}", name), logits[side].mean_logit()});
+      }
+      if (of[0] != 0 && of[1] != 0)
+        out.metrics.push_back({"rewards/margins", reward[1] / of[1] - reward[0] / of[0]});
+      out.metrics.push_back({"kl", kl});
+      // As of pairs: the entropy is all answers', the accuracy the wanted ones'.
+      LogitSums all = logits[1];
+      all.entropy += logits[0].entropy;
+      all.tokens += logits[0].tokens;
+      out.metrics.push_back({"entropy", all.mean_entropy()});
+      if (of[1] != 0) out.metrics.push_back({"mean_token_accuracy", logits[1].accuracy()});
       return out;
     }
   };

@@ -267,6 +267,53 @@ TEST_CASE("wanted answers become likelier than unwanted ones, and a run goes on 
   CHECK(adapter_bytes(stopped) == adapter_bytes(whole));
 }
 
+TEST_CASE("what KTO tells of the logits is what SFT tells of the same answers") {
+  const TempDir dir;
+  std::vector<nlohmann::json> labelled, all, wanted;
+  for (size_t i = 0; i < 12; ++i) {
+    nlohmann::json row = {{"prompt", "say " + std::to_string(i)},
+                          {"completion", std::string(1 + i % 4, static_cast<char>('a' + i))}};
+    all.push_back(row);
+    if (i % 3 == 0) wanted.push_back(row);
+    row["label"] = i % 3 == 0;
+    labelled.push_back(row);
+  }
+  dir.file("labelled.jsonl", lines(labelled));
+  dir.file("all.jsonl", lines(all));
+  dir.file("wanted.jsonl", lines(wanted));
+  // From an adapter that gets some tokens right.
+  TuneOptions before = options_for(dir, "before", "all.jsonl");
+  before.epochs = 12;
+  before.lr = 1e-2;
+  before.val_fraction = 0;
+  tune(before);
+  const auto first_step = [&](const char* method, const char* rows) {
+    TuneOptions o = options_for(dir, (std::string(method) + rows).c_str(), rows);
+    apply_method(method, o);
+    o.val_fraction = 0;
+    o.batch_size = 64;
+    o.max_steps = 1;
+    o.adapter = before.out / "adapter";
+    return steps_of(o).at(0);
+  };
+  const TuneEvent kto = first_step("kto", "labelled.jsonl");
+  CHECK(metric(kto, "entropy") ==
+        doctest::Approx(metric(first_step("sft", "all.jsonl"), "entropy")).epsilon(1e-6));
+  CHECK(metric(kto, "mean_token_accuracy") > 0);
+  CHECK(metric(kto, "mean_token_accuracy") ==
+        doctest::Approx(metric(first_step("sft", "wanted.jsonl"), "mean_token_accuracy"))
+            .epsilon(1e-6));
+
+  // Of a side that a step has no answers of, nothing is told.
+  for (nlohmann::json& row : labelled) row["label"] = false;
+  dir.file("unwanted.jsonl", lines(labelled));
+  const TuneEvent unwanted = first_step("kto", "unwanted.jsonl");
+  std::vector<std::string> names;
+  for (const Metric& m : unwanted.metrics) names.push_back(m.name);
+  CHECK(names == std::vector<std::string>{"rewards/rejected", "logps/rejected", "logits/rejected",
+                                          "kl", "entropy"});
+}
+
 // ---- what learns ------------------------------------------------------------------------------
 
 TEST_CASE("full fine-tuning ends in a model that has the loss it was chosen by") {
