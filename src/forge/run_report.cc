@@ -49,6 +49,7 @@ struct Run {
   std::vector<Sample> samples;
   ordered_json result;  // tune.json; null while the run is not finished
   uint64_t steps = 0;
+  std::vector<uint64_t> skipped;  // steps that were outliers
   std::optional<double> first_validation, last_validation, last_loss, rate;
 };
 
@@ -100,6 +101,8 @@ Run read_run(const std::filesystem::path& folder) {
         order.push_back(name);
       if (std::isfinite(value.get<double>())) columns[name].push_back({step, value.get<double>()});
     }
+    if (const auto skipped = j.find("skipped"); skipped != j.end() && *skipped == true)
+      run.skipped.push_back(static_cast<uint64_t>(step));
     if (const auto sample = j.find("sample"); sample != j.end() && sample->is_object())
       run.samples.push_back({static_cast<uint64_t>(step), sample->value("prompt", ""),
                              sample->value("answer", ""), sample->value("reference", "")});
@@ -265,6 +268,15 @@ std::string run_report_html(const std::filesystem::path& folder) {
                  fmt::format("{:.4f} before", *run.first_validation));
   if (run.last_loss)
     body += tile("training loss", fmt::format("{:.4f}", *run.last_loss), "last step");
+  if (!run.skipped.empty()) {
+    constexpr size_t kNamed = 4;
+    const size_t named = std::min(kNamed, run.skipped.size());
+    body += tile("steps skipped", fmt::format("{}", run.skipped.size()),
+                 fmt::format("outliers: step {}{}",
+                             fmt::join(run.skipped.begin(),
+                                       run.skipped.begin() + static_cast<std::ptrdiff_t>(named), ", "),
+                             named < run.skipped.size() ? " …" : ""));
+  }
   if (run.rate) body += tile("tokens per second", fmt::format("{:.0f}", *run.rate), "in training");
   if (finished)
     body += tile(

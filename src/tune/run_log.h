@@ -1,6 +1,7 @@
 // The log of a training run, a JSON line and TensorBoard scalars for every step and validation.
 //
-//   FOLDER/log.jsonl                            {"step": 3, "loss": 1.2, …}
+//   FOLDER/log.jsonl                            {"step": 3, "loss": 1.2, …}, and "skipped":
+//                                               true where an outlier was not learnt from
 //   FOLDER/tensorboard/events.out.tfevents.*    the same numbers; one file a start of the run
 //
 // TensorBoard's files are TFRecords: u64 length, masked CRC-32C of it, an Event (protocol buffer),

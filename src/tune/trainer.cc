@@ -597,6 +597,7 @@ class Run {
                          {"num_tokens", run_.tokens_done},
                          {"tokens_per_second", rate}};
     put(found.metrics, "", line);
+    if (skipped) line["skipped"] = true;
     if (log_) log_->write(line);
     if (!skipped) return;
     event.kind = TuneEvent::Kind::skipped;

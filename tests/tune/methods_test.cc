@@ -502,12 +502,20 @@ TEST_CASE("a step that stands out is left out") {
   o.val_fraction = 0;
   o.lr = 1e-2;
   o.max_z_score = 4;
-  size_t skipped = 0;
+  std::vector<uint64_t> skipped, marked;
   const TuneResult r = tune(o, [&](const TuneEvent& e) {
-    if (e.kind == TuneEvent::Kind::skipped) ++skipped;
+    if (e.kind == TuneEvent::Kind::skipped) skipped.push_back(e.step);
   });
-  CHECK(skipped > 0);
-  CHECK(r.skipped_steps == skipped);
+  CHECK(!skipped.empty());
+  CHECK(r.skipped_steps == skipped.size());
+  // The log says which.
+  std::istringstream log(read_file(o.out / "log.jsonl"));
+  for (std::string line; std::getline(log, line);)
+    if (const auto j = nlohmann::json::parse(line); j.contains("skipped")) {
+      CHECK(j["skipped"] == true);
+      marked.push_back(j["step"]);
+    }
+  CHECK(marked == skipped);
 }
 
 TEST_CASE("a loss that is no number ends the run, naming the row") {
