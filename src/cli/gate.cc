@@ -21,7 +21,7 @@ constexpr size_t kLongestSequence = 8192;  // a question with its answer
 
 struct GateFlags {
   ModelFlags computing;  // its path is not used: there are two
-  std::string before, after, kept, text;
+  std::string before, after, base, kept, text;
   std::vector<std::string> questions;
   QuestionOptions rows;
   PromptStyle style;
@@ -63,14 +63,19 @@ void run_gate(const GateFlags& flags) {
   Pool pool(flags.computing.pool_size());
   const GateMeasures before = measure(flags, options, pool, questions, flags.before, "before");
   const GateMeasures after = measure(flags, options, pool, questions, flags.after, "after");
-  const GateVerdict verdict = judge_gate(before, after, questions, options);
+  const ChainVerdict verdict =
+      flags.base.empty()
+          ? ChainVerdict{.last = judge_gate(before, after, questions, options)}
+          : judge_chain(measure(flags, options, pool, questions, flags.base, "base"), before, after,
+                        questions, options);
   if (flags.json)
-    fmt::print("{}\n", to_json(verdict).dump(2));
+    fmt::print("{}\n",
+               (verdict.base ? to_json(verdict) : to_json(verdict.last)).dump(2));
   else
-    fmt::print("{}", table_of(verdict));
-  if (verdict.accepted) return;
+    fmt::print("{}", verdict.base ? table_of(verdict) : table_of(verdict.last));
+  if (verdict.accepted()) return;
   fmt::print(stderr, "moru: {} is refused: {} (keep the model before it)\n", flags.after,
-             fmt::join(verdict.reasons, "; "));
+             fmt::join(verdict.reasons(), "; "));
   throw CLI::RuntimeError(kRefused);
 }
 
@@ -82,6 +87,9 @@ void add_gate(CLI::App& app) {
   CLI::App* cmd = app.add_subcommand("gate", "Refuse a tuned model that lost what it could before");
   cmd->add_option("before", flags->before, "the model that is served now")->required();
   cmd->add_option("after", flags->after, "the model that would take its place")->required();
+  cmd->add_option("--base", flags->base,
+                  "the model that tuning began with: it must hold against that too, since small "
+                  "losses add up");
   flags->computing.add_computing_to(*cmd);
   cmd->add_option("-q,--questions", flags->questions, "files of questions; both are asked them");
   cmd->add_option("--prompt-column", flags->rows.prompt_column, "")->capture_default_str();

@@ -39,6 +39,7 @@ struct Improve {
   Pool pool;
   std::vector<QuestionSet> asked;  // by the gate
   Accepted last;
+  GateMeasures original;  // of the model that all began with
   ImproveReport report;
 
   Improve(const ImproveOptions& o, const std::function<void(const std::string&)>& n)
@@ -130,6 +131,7 @@ struct Improve {
     note("measuring the model as it is");
     std::tie(last.measures, report.measure_seconds) =
         measured("measure", options.model.filename().string(), options.model, "base");
+    original = last.measures;
   }
 
   PairsJob pairs_job(const fs::path& folder, size_t number) const {
@@ -266,9 +268,9 @@ struct Improve {
     note(fmt::format("iteration {}: at the gate", number));
     std::tie(next.measures, it.gate_seconds) =
         measured("gate", fmt::format("iteration {}", number), next.served, folder / "gate");
-    it.verdict = judge_gate(last.measures, next.measures, asked, options.gate);
-    for (const std::string& reason : it.verdict.reasons) note("  refused: " + reason);
-    if (it.verdict.accepted) {
+    it.verdict = judge_chain(original, last.measures, next.measures, asked, options.gate);
+    for (const std::string& reason : it.verdict.reasons()) note("  refused: " + reason);
+    if (it.verdict.accepted()) {
       ++report.accepted;
       last = std::move(next);
       publish(last.served);
@@ -317,17 +319,18 @@ ImproveReport improve(const ImproveOptions& options,
 
 Json to_json(const ImproveReport& report) {
   Json iterations = Json::array();
-  for (const Iteration& it : report.iterations)
+  for (const Iteration& it : report.iterations) {
     iterations.push_back({{"iteration", it.number},
                           {"method", name_of(it.method)},
                           {"pairs", it.pairs},
                           {"tuning", it.tuning},
-                          {"gate", to_json(it.verdict)},
                           {"seconds",
                            {{"pairs", it.pairs_seconds},
                             {"tune", it.tune_seconds},
                             {"merge", it.merge_seconds},
                             {"gate", it.gate_seconds}}}});
+    iterations.back().update(to_json(it.verdict));
+  }
   return {{"base_sha256", report.base_sha256},
           {"measure_seconds", report.measure_seconds},
           {"accepted", report.accepted},
@@ -339,18 +342,15 @@ std::string table_of(const ImproveReport& report) {
   std::string table = fmt::format("{:<14}{:>7}{:>8}{:>11}{:>11}{:>9}{:>9}  {}\n", "iteration",
                                   "pairs", "steps", "before", "after", "change", "minutes", "gate");
   for (const Iteration& it : report.iterations) {
-    const GateRow& score = it.verdict.rows.front();
+    const GateRow& score = it.verdict.last.rows.front();
     table += fmt::format("{:<14}{:>7}{:>8}{:>9.1f} %{:>9.1f} %{:>+9.1f}{:>9.1f}  {}\n",
                          fmt::format("{} ({})", it.number, name_of(it.method)),
                          it.pairs.at("counts").at("pairs").get<size_t>(),
                          it.tuning.at("steps").get<size_t>(), 100 * score.before, 100 * score.after,
                          100 * (score.after - score.before), it.seconds() / 60,
-                         it.verdict.accepted ? "accepted" : "refused");
+                         it.verdict.accepted() ? "accepted" : "refused");
   }
-  if (!report.iterations.empty()) {
-    const GateVerdict& verdict = report.iterations.back().verdict;
-    table += fmt::format("\n{} against {}\n{}", verdict.after, verdict.before, table_of(verdict));
-  }
+  if (!report.iterations.empty()) table += "\n" + table_of(report.iterations.back().verdict);
   return table;
 }
 

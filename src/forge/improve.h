@@ -3,7 +3,8 @@
 //   measure → (pairs → tune → merge → gate) × k
 //
 // Each iteration starts from the last model that the gate accepted; a refused one is kept in its
-// folder and goes no further. Every stage stands in the journal (forge/journal.h): killed at any
+// folder and goes no further. The gate holds a model against the last accepted one and against the
+// one that all began with. Every stage stands in the journal (forge/journal.h): killed at any
 // moment and run again, the work goes on where it was.
 //
 //   OUT/model.gguf      the last accepted model, in the type that is served
@@ -52,7 +53,7 @@ struct Iteration {
   ImproveMethod method = ImproveMethod::sft;
   nlohmann::ordered_json pairs;   // tune/pairs_job.h's summary
   nlohmann::ordered_json tuning;  // steps, losses
-  GateVerdict verdict;
+  ChainVerdict verdict;
   double pairs_seconds = 0, tune_seconds = 0, merge_seconds = 0, gate_seconds = 0;
 
   double seconds() const { return pairs_seconds + tune_seconds + merge_seconds + gate_seconds; }
@@ -71,7 +72,7 @@ ImproveReport improve(const ImproveOptions& options,
                       const std::function<void(const std::string&)>& note = {});
 
 nlohmann::ordered_json to_json(const ImproveReport& report);
-// At most 80 columns: a line for each iteration, then the gate's table of the last one.
+// At most 80 columns: a line for each iteration, then the gate's tables of the last one.
 std::string table_of(const ImproveReport& report);
 
 }  // namespace moru

@@ -326,4 +326,38 @@ std::string table_of(const GateVerdict& verdict) {
   return table;
 }
 
+ChainVerdict judge_chain(const GateMeasures& base, const GateMeasures& last,
+                         const GateMeasures& after, const std::vector<QuestionSet>& questions,
+                         const GateOptions& options) {
+  ChainVerdict verdict{.last = judge_gate(last, after, questions, options)};
+  if (base.model_sha256 != last.model_sha256)
+    verdict.base = judge_gate(base, after, questions, options);
+  return verdict;
+}
+
+std::vector<std::string> ChainVerdict::reasons() const {
+  std::vector<std::string> all = last.reasons;
+  if (base)
+    for (const std::string& reason : base->reasons)
+      all.push_back(fmt::format("since {}: {}", base->before, reason));
+  return all;
+}
+
+Json to_json(const ChainVerdict& verdict) {
+  return {{"accepted", verdict.accepted()},
+          {"reasons", verdict.reasons()},
+          {"gate", to_json(verdict.last)},
+          {"gate_since_base", verdict.base ? to_json(*verdict.base) : Json()}};
+}
+
+std::string table_of(const ChainVerdict& verdict) {
+  const auto one = [](const GateVerdict& v) {
+    return truncate_to_width(fmt::format("{} against {}", v.after, v.before), 80) + "\n" +
+           table_of(v);
+  };
+  std::string table = one(verdict.last);
+  if (verdict.base) table += "\n" + one(*verdict.base);
+  return table;
+}
+
 }  // namespace moru

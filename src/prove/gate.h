@@ -15,6 +15,7 @@
 #include <filesystem>
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -72,5 +73,22 @@ GateVerdict judge_gate(const GateMeasures& before, const GateMeasures& after,
 nlohmann::ordered_json to_json(const GateVerdict& verdict);
 // At most 80 columns.
 std::string table_of(const GateVerdict& verdict);
+
+// A model at the end of a chain of accepted ones: against the one before it, and against the one
+// that the chain began with, since losses that each pass may add up. Both must hold.
+struct ChainVerdict {
+  GateVerdict last;
+  std::optional<GateVerdict> base;  // where that is another model than the last
+
+  bool accepted() const { return last.accepted && (!base || base->accepted); }
+  std::vector<std::string> reasons() const;  // those of `base` say so
+};
+ChainVerdict judge_chain(const GateMeasures& base, const GateMeasures& last,
+                         const GateMeasures& after, const std::vector<QuestionSet>& questions,
+                         const GateOptions& options);
+// {"accepted", "reasons", "gate", "gate_since_base"}; the last is null where nothing was between.
+nlohmann::ordered_json to_json(const ChainVerdict& verdict);
+// One table, or two with headings.
+std::string table_of(const ChainVerdict& verdict);
 
 }  // namespace moru

@@ -103,6 +103,44 @@ TEST_CASE("a fall within the tolerance or within chance is accepted") {
   CHECK_FALSE(judge(after, {.standard_errors = 0}).accepted);
 }
 
+TEST_CASE("losses that each pass add up, and are refused against the model all began with") {
+  // Each step may lose a point of 400 questions and 0.05 nats.
+  GateMeasures base = measures(), first = measures(), second = measures();
+  base.name = "the-base.gguf";
+  first.name = first.model_sha256 = "first";
+  second.name = second.model_sha256 = "second";
+  first.scores[0] = results(400, 297);
+  second.scores[0] = results(400, 294);
+  const auto judge = [&](const GateMeasures& last, const GateMeasures& after) {
+    return judge_chain(base, last, after, one_set(), {});
+  };
+  const ChainVerdict once = judge(base, first);
+  CHECK(once.accepted());
+  CHECK_FALSE(once.base);  // the last is the base
+  const ChainVerdict twice = judge(first, second);
+  CHECK(twice.last.accepted);
+  CHECK_FALSE(twice.accepted());
+  REQUIRE(twice.reasons().size() == 1);
+  CHECK(twice.reasons()[0].starts_with("since the-base.gguf: right: a-long-name"));
+  CHECK(table_of(twice).find("second against the-base.gguf\n") != std::string::npos);
+  CHECK(to_json(twice)["accepted"] == false);
+  CHECK(to_json(twice)["gate"]["accepted"] == true);
+  CHECK(to_json(twice)["gate_since_base"]["accepted"] == false);
+
+  second.scores[0] = results(400, 300);
+  for (double& loss : first.losses) loss += 0.04;
+  second.losses = first.losses;
+  for (double& loss : second.losses) loss += 0.04;
+  CHECK(judge(base, first).accepted());
+  CHECK(judge(first, second).last.accepted);
+  CHECK(judge(first, second).reasons() ==
+        std::vector<std::string>{"since the-base.gguf: loss, plain text: rose by 0.080, 0.050 "
+                                 "allowed"});
+  // What a later step wins back is not held against it.
+  second.losses = base.losses;
+  CHECK(judge(first, second).accepted());
+}
+
 TEST_CASE("a loss without a value is refused") {
   GateMeasures after = measures();
   after.losses[2] = std::nan("");
