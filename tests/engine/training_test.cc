@@ -20,7 +20,7 @@ namespace {
 
 // Tiny models with random weights and what PEFT computes on them (tests/parity/tune).
 const std::filesystem::path kGolden = MORU_SOURCE_DIR "/tests/golden/tune";
-constexpr const char* kModels[] = {"llama", "llama_bias", "gemma3"};
+constexpr const char* kModels[] = {"llama", "llama_bias", "gemma3", "qwen2", "qwen3"};
 
 Model load(Pool& pool, const char* name, Profile profile) {
   return load_model(pool, open_model(kGolden / name), {.profile = profile, .context = 64});
