@@ -2,16 +2,20 @@
 
 #include <fmt/format.h>
 #include <openssl/evp.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <ctime>
+#include <fstream>
 #include <memory>
 #include <vector>
 
 #include "base/error.h"
+#include "base/files.h"
 
 namespace moru {
 
@@ -53,6 +57,51 @@ std::string sha256_of_file(const std::filesystem::path& path) {
   return hex_of(digest);
 }
 
+// Of a file, or of a folder's files.
+template <typename OfFile>
+std::string sha256_of(const std::filesystem::path& path, OfFile&& of_file) {
+  if (!std::filesystem::is_directory(path)) return of_file(path);
+  std::vector<std::filesystem::path> files;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(path))
+    if (entry.is_regular_file()) files.push_back(entry.path());
+  std::sort(files.begin(), files.end());
+  std::string manifest;
+  for (const auto& file : files)
+    manifest += std::filesystem::relative(file, path).string() + " " + of_file(file) + "\n";
+  return sha256(manifest);
+}
+
+// ---- what is remembered ----
+//
+// A line a file: its hash, size, inode, time of change in nanoseconds, path.
+
+constexpr off_t kLarge = off_t{64} << 20;
+// A file that has just changed may change again within the same tick of the clock.
+constexpr time_t kSettled = 2;
+
+std::string state_of(const std::filesystem::path& path, const struct stat& status) {
+  return fmt::format(" {} {} {}{:09} {}", status.st_size, status.st_ino, status.st_mtim.tv_sec,
+                     status.st_mtim.tv_nsec, std::filesystem::absolute(path).string());
+}
+
+std::string remembered_of_file(const std::filesystem::path& path,
+                               const std::filesystem::path& memo) {
+  struct stat status {};
+  if (::stat(path.c_str(), &status) != 0 || !S_ISREG(status.st_mode) || status.st_size < kLarge)
+    return sha256_of_file(path);
+  const std::string state = state_of(path, status);
+  constexpr size_t kDigits = 64;
+  std::ifstream lines(memo);
+  for (std::string line; std::getline(lines, line);)
+    if (line.size() > kDigits && line.substr(kDigits) == state) return line.substr(0, kDigits);
+  const std::string hash = sha256_of_file(path);
+  struct stat after {};
+  if (::stat(path.c_str(), &after) == 0 && state_of(path, after) == state &&
+      ::time(nullptr) > status.st_mtim.tv_sec + kSettled)
+    append_line(memo, hash + state);
+  return hash;
+}
+
 }  // namespace
 
 std::string sha256(std::span<const std::byte> bytes) {
@@ -67,16 +116,14 @@ std::string sha256(std::string_view text) {
 }
 
 std::string sha256_of_path(const std::filesystem::path& path) {
-  if (!std::filesystem::is_directory(path)) return sha256_of_file(path);
-  std::vector<std::filesystem::path> files;
-  for (const auto& entry : std::filesystem::recursive_directory_iterator(path))
-    if (entry.is_regular_file()) files.push_back(entry.path());
-  std::sort(files.begin(), files.end());
-  std::string manifest;
-  for (const auto& file : files)
-    manifest += std::filesystem::relative(file, path).string() + " " +
-                sha256_of_file(file) + "\n";
-  return sha256(manifest);
+  return sha256_of(path, sha256_of_file);
+}
+
+std::string remembered_sha256(const std::filesystem::path& path,
+                              const std::filesystem::path& memo) {
+  return sha256_of(path, [&](const std::filesystem::path& file) {
+    return remembered_of_file(file, memo);
+  });
 }
 
 }  // namespace moru

@@ -15,5 +15,9 @@ std::string sha256(std::string_view text);
 // Of the whole file; for a folder, of its sorted file names and their hashes. Errors: not_found,
 // io.
 std::string sha256_of_path(const std::filesystem::path& path);
+// The same. That of a large file is remembered in the text file `memo`, and believed while the
+// file's size, inode and time of change are what they were: a run that starts again does not read
+// 10 GB to learn that nothing has changed.
+std::string remembered_sha256(const std::filesystem::path& path, const std::filesystem::path& memo);
 
 }  // namespace moru

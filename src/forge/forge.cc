@@ -288,8 +288,9 @@ struct Forge {
     rows.system = options.style.system;
     Dataset data = load_dataset(options.pairs, files, rows);
     std::vector<std::vector<TokenId>> sequences;
-    for (const uint32_t i : epoch_order(data.examples.size(), options.tune.seed, 0))
-      sequences.push_back(std::move(data.examples[i].ids));
+    const Permutation order = epoch_order(data.examples.size(), options.tune.seed, 0);
+    for (size_t i = 0; i < order.size(); ++i)
+      sequences.push_back(std::move(data.examples[order[i]].ids));
     return sequences;
   }
 

@@ -137,15 +137,11 @@ std::string show_example(const ModelFiles& files, const ExampleView& e, const st
 DataReport report_of(const ModelFiles& files, const Examples& examples) {
   const Tokenizer& tokenizer = files.tokenizer;
   DataReport r;
-  std::vector<uint32_t> lengths;
-  std::vector<uint64_t> contents;
+  ExampleStats stats;
   uint64_t syllables = 0, hangul_tokens = 0;
   for (size_t i = 0; i < examples.size(); ++i) {
     const ExampleView e = examples[i];
-    r.tokens += e.ids.size();
-    r.learnt += e.learnt;
-    lengths.push_back(static_cast<uint32_t>(e.ids.size()));
-    contents.push_back(e.content);
+    stats.add(e.ids.size(), e.learnt);
     r.ends_learnt += e.trained.back() != 0 && is_stop(files, e.ids.back());
     const std::optional<TokenId> bos = tokenizer.bos();
     r.double_bos += bos && e.ids.size() > 1 && e.ids[0] == *bos && e.ids[1] == *bos;
@@ -182,16 +178,19 @@ DataReport report_of(const ModelFiles& files, const Examples& examples) {
       at += c.bytes;
     }
   }
-  std::sort(lengths.begin(), lengths.end());
-  if (!lengths.empty()) {
-    r.median = lengths[lengths.size() / 2];
-    r.p95 = lengths[lengths.size() * 95 / 100];
-    r.longest = lengths.back();
-  }
-  std::sort(contents.begin(), contents.end());
-  r.duplicates =
-      contents.size() -
-      static_cast<size_t>(std::unique(contents.begin(), contents.end()) - contents.begin());
+  r.tokens = stats.tokens;
+  r.learnt = stats.learnt;
+  r.longest = stats.longest();
+  // The length of which so many examples are shorter, or as long.
+  const auto quantile = [&](uint64_t rank) {
+    auto l = stats.lengths.begin();
+    while (l != stats.lengths.end() && rank >= l->second) rank -= (l++)->second;
+    return l == stats.lengths.end() ? 0 : l->first;
+  };
+  r.median = quantile(examples.size() / 2);
+  r.p95 = quantile(examples.size() * 95 / 100);
+  const std::vector<bool> first = first_of_each(examples);
+  r.duplicates = static_cast<uint64_t>(std::count(first.begin(), first.end(), false));
   if (syllables != 0)
     r.tokens_per_hangul = static_cast<double>(hangul_tokens) / static_cast<double>(syllables);
   return r;

@@ -8,7 +8,6 @@
 
 #include "base/error.h"
 #include "base/hash.h"
-#include "base/random.h"
 #include "base/text.h"
 
 namespace moru {
@@ -321,12 +320,8 @@ void refuse_unusable(const std::filesystem::path& path, const DataCounts& counts
                        "--completion-column"});
 }
 
-std::vector<uint32_t> epoch_order(size_t count, uint64_t seed, uint64_t epoch) {
-  std::vector<uint32_t> order(count);
-  std::iota(order.begin(), order.end(), 0u);
-  Random random(seed, kOrderStream + epoch);
-  random.shuffle(std::span(order));
-  return order;
+Permutation epoch_order(size_t count, uint64_t seed, uint64_t epoch) {
+  return Permutation(count, seed, kOrderStream + epoch);
 }
 
 std::vector<std::vector<uint32_t>> pack(std::span<const size_t> lengths, size_t capacity) {

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "base/permutation.h"
 #include "engine/model_files.h"
 #include "engine/prompt.h"  // kPlainTemplate
 #include "engine/training.h"
@@ -110,7 +111,7 @@ Dataset load_dataset(const std::filesystem::path& path, const ModelFiles& files,
                                   const RowProblem* first);
 
 // The order of one epoch, a permutation of [0, count).
-std::vector<uint32_t> epoch_order(size_t count, uint64_t seed, uint64_t epoch);
+Permutation epoch_order(size_t count, uint64_t seed, uint64_t epoch);
 
 // Deals documents of these lengths to as few batches as best-fit decreasing finds, each at most
 // `capacity` tokens (longer documents get a batch of their own). Lists indices into `lengths`.

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <nlohmann/json.hpp>
@@ -10,7 +11,8 @@
 #include "base/error.h"
 #include "base/files.h"
 #include "base/hash.h"
-#include "base/random.h"
+#include "base/permutation.h"
+#include "tune/text_data.h"
 
 namespace moru {
 namespace {
@@ -73,21 +75,73 @@ std::filesystem::path with_ending(std::filesystem::path name, const char* ending
 
 }  // namespace
 
+namespace {
+
+// A mapped file whose pages are given back every so many reads: memory holds what was read since,
+// however large the file.
+class ReadFile {
+ public:
+  explicit ReadFile(const std::filesystem::path& path) : file_(path) {}
+
+  std::span<const std::byte> bytes() const { return file_.bytes(); }
+  // A read at any place, after which what was read before may be given back: pointers stay good,
+  // as the file is read again.
+  const std::byte* at(size_t place, size_t size) const {
+    // A page that is missing comes with its neighbours.
+    constexpr size_t kAround = size_t{64} << 10;
+    const size_t cost = size + kAround;
+    if (held_.fetch_add(cost, std::memory_order_relaxed) + cost > kHeld) {
+      held_.store(0, std::memory_order_relaxed);
+      file_.forget(file_.bytes());
+    }
+    return file_.bytes().data() + place;
+  }
+  void forget(std::span<const std::byte> part) const { file_.forget(part); }
+
+ private:
+  static constexpr size_t kHeld = size_t{32} << 20;
+  MappedFile file_;
+  mutable std::atomic<size_t> held_ = 0;
+};
+
+// Records that a pass over all of them has in memory at a time.
+constexpr size_t kPass = size_t{1} << 16;
+
+}  // namespace
+
 // Records and values, in memory or mapped.
 class Examples::Store {
  public:
-  std::span<const Record> records() const {
-    if (!index_file_) return records_;
-    const auto bytes = index_file_->bytes();
-    return {reinterpret_cast<const Record*>(bytes.data()), bytes.size() / sizeof(Record)};
+  size_t size() const { return index_file_ ? mapped_records().size() : records_.size(); }
+  const Record& record(size_t i) const {
+    if (!index_file_) return records_[i];
+    return *reinterpret_cast<const Record*>(index_file_->at(i * sizeof(Record), sizeof(Record)));
   }
-  const std::byte* values() const { return value_file_ ? value_file_->bytes().data() : memory_.data(); }
+  const std::byte* values(size_t place, size_t size) const {
+    return value_file_ ? value_file_->at(place, size) : memory_.data() + place;
+  }
+  const std::byte* all_values() const {
+    return value_file_ ? value_file_->bytes().data() : memory_.data();
+  }
+  // visit(i, record) for all, in order.
+  template <typename Visit>
+  void each(Visit&& visit) const {
+    const std::span<const Record> all = index_file_ ? mapped_records() : std::span(records_);
+    for (size_t first = 0; first < all.size(); first += kPass) {
+      const auto part = all.subspan(first, std::min(kPass, all.size() - first));
+      for (size_t i = 0; i < part.size(); ++i) visit(first + i, part[i]);
+      if (index_file_) index_file_->forget(std::as_bytes(part));
+    }
+  }
+  // Where lists of its examples may go; empty: they stay in memory.
+  const std::filesystem::path& spill() const { return spill_; }
 
   // Beyond `limit` bytes of memory what was added goes to files called `spill`; empty: never.
   void start(std::filesystem::path spill, size_t limit) {
     spill_ = std::move(spill);
     limit_ = limit;
   }
+  size_t limit() const { return limit_; }
   void add(const Example& e, uint32_t source) {
     const Record record{
         .place = size_,
@@ -126,27 +180,88 @@ class Examples::Store {
     index_out_->commit();
     values_out_.reset();
     index_out_.reset();
-    map(spill_);
+    map();
     return true;
   }
-  void map(const std::filesystem::path& spill) {
-    value_file_.emplace(with_ending(spill, ".values"));
-    index_file_.emplace(with_ending(spill, ".index"));
+  void map() {
+    value_file_.emplace(with_ending(spill_, ".values"));
+    index_file_.emplace(with_ending(spill_, ".index"));
   }
 
  private:
+  std::span<const Record> mapped_records() const {
+    const auto bytes = index_file_->bytes();
+    return {reinterpret_cast<const Record*>(bytes.data()), bytes.size() / sizeof(Record)};
+  }
+
   std::vector<Record> records_;
   std::vector<std::byte> memory_, row_;
   size_t size_ = 0, limit_ = 0;
   std::filesystem::path spill_;
   std::optional<AtomicFile> index_out_, values_out_;
-  std::optional<MappedFile> index_file_, value_file_;
+  std::optional<ReadFile> index_file_, value_file_;
 };
 
-Examples::Examples(std::shared_ptr<const Store> store) : store_(std::move(store)) {
-  which_.resize(store_->records().size());
-  for (size_t i = 0; i < which_.size(); ++i) which_[i] = static_cast<uint32_t>(i);
-}
+// Places in a store, in memory or, where they are many, in a file that has no name any more.
+class Examples::Places {
+ public:
+  Places(std::filesystem::path spill, size_t limit) : spill_(std::move(spill)), limit_(limit) {}
+
+  size_t size() const { return size_; }
+  size_t operator[](size_t i) const {
+    if (!file_) return list_[i];
+    uint32_t place = 0;
+    std::memcpy(&place, file_->at(i * sizeof place, sizeof place), sizeof place);
+    return place;
+  }
+  // visit(i, place) for all, in order.
+  template <typename Visit>
+  void each(Visit&& visit) const {
+    for (size_t first = 0; first < size_; first += kPass) {
+      const size_t count = std::min(kPass, size_ - first);
+      const std::span<const uint32_t> part =
+          file_ ? std::span(reinterpret_cast<const uint32_t*>(file_->bytes().data()) + first, count)
+                : std::span(list_).subspan(first, count);
+      for (size_t i = 0; i < count; ++i) visit(first + i, part[i]);
+      if (file_) file_->forget(std::as_bytes(part));
+    }
+  }
+
+  void add(size_t place) {
+    list_.push_back(static_cast<uint32_t>(place));
+    ++size_;
+    if (spill_.empty() || list_.size() * sizeof(uint32_t) < limit_) return;
+    if (!out_) out_.emplace(name());
+    flush();
+  }
+  void finish() {
+    if (!out_) return;
+    flush();
+    out_->commit();
+    out_.reset();
+    file_.emplace(name());
+    std::filesystem::remove(name());
+    list_ = {};
+  }
+
+ private:
+  std::filesystem::path name() const {
+    return with_ending(spill_, fmt::format(".{}.places", fmt::ptr(this)).c_str());
+  }
+  void flush() {
+    out_->write(std::as_bytes(std::span(list_)));
+    list_.clear();
+  }
+
+  std::filesystem::path spill_;
+  size_t limit_ = 0, size_ = 0;
+  std::vector<uint32_t> list_;  // all, or what is not written yet
+  std::optional<AtomicFile> out_;
+  std::optional<ReadFile> file_;
+};
+
+Examples::Examples(std::shared_ptr<const Store> store)
+    : store_(std::move(store)), size_(store_->size()) {}
 
 Examples::Examples(std::span<const Example> examples) {
   auto store = std::make_shared<Store>();
@@ -154,11 +269,13 @@ Examples::Examples(std::span<const Example> examples) {
   *this = Examples(std::move(store));
 }
 
-ExampleView Examples::operator[](size_t i) const {
-  const Record& r = store_->records()[which_[i]];
-  const std::byte* at = store_->values() + r.place;
-  return {.ids = {reinterpret_cast<const TokenId*>(at), r.tokens},
-          .trained = {reinterpret_cast<const uint8_t*>(at + r.tokens * sizeof(TokenId)), r.tokens},
+namespace {
+
+// Nothing of the tokens is read yet.
+ExampleView view_of(const Record& r, const std::byte* values) {
+  return {.ids = {reinterpret_cast<const TokenId*>(values), r.tokens},
+          .trained = {reinterpret_cast<const uint8_t*>(values + r.tokens * sizeof(TokenId)),
+                      r.tokens},
           .line = r.line,
           .source = r.source,
           .hash = r.prompt_hash,
@@ -166,28 +283,50 @@ ExampleView Examples::operator[](size_t i) const {
           .learnt = r.learnt};
 }
 
-Examples Examples::subset(std::span<const uint32_t> places) const {
-  Examples out;
-  out.store_ = store_;
-  out.which_.reserve(places.size());
-  for (const uint32_t place : places) out.which_.push_back(which_[place]);
-  return out;
+}  // namespace
+
+size_t Examples::at(size_t i) const { return places_ ? (*places_)[i] : i; }
+
+ExampleView Examples::operator[](size_t i) const {
+  const Record& r = store_->record(at(i));
+  return view_of(r, store_->values(r.place, r.tokens * (sizeof(TokenId) + 1)));
 }
 
-uint64_t Examples::tokens() const {
-  uint64_t n = 0;
-  for (size_t i = 0; i < size(); ++i) n += (*this)[i].ids.size();
-  return n;
+size_t Examples::length(size_t i) const { return store_->record(at(i)).tokens; }
+
+void Examples::each(const std::function<void(size_t, const ExampleView&)>& visit) const {
+  if (!store_) return;
+  const std::byte* values = store_->all_values();
+  if (places_)
+    places_->each([&](size_t i, size_t place) {
+      const Record& r = store_->record(place);
+      visit(i, view_of(r, values + r.place));
+    });
+  else
+    store_->each([&](size_t i, const Record& r) { visit(i, view_of(r, values + r.place)); });
 }
-uint64_t Examples::trained_tokens() const {
-  uint64_t n = 0;
-  for (size_t i = 0; i < size(); ++i) n += (*this)[i].learnt;
-  return n;
+
+ExampleStats Examples::stats() const {
+  ExampleStats stats;
+  each([&](size_t, const ExampleView& e) { stats.add(e.ids.size(), e.learnt); });
+  return stats;
 }
-size_t Examples::longest() const {
-  size_t n = 0;
-  for (size_t i = 0; i < size(); ++i) n = std::max(n, (*this)[i].ids.size());
-  return n;
+
+Examples::Builder::Builder(const Examples& from)
+    : from_(from),
+      places_(from.store_ ? std::make_unique<Places>(from.store_->spill(), from.store_->limit() / 16)
+                          : std::make_unique<Places>("", 0)) {}
+Examples::Builder::~Builder() = default;
+
+void Examples::Builder::add(size_t place) { places_->add(from_.at(place)); }
+
+Examples Examples::Builder::finish() {
+  places_->finish();
+  Examples out;
+  out.store_ = from_.store_;
+  out.size_ = places_->size();
+  out.places_ = std::move(places_);
+  return out;
 }
 
 namespace {
@@ -232,8 +371,9 @@ uint64_t load_source(Pool& pool, const ModelFiles& files, const LoadExamples& re
   const DataSource& from = request.sources[source];
   DataOptions options = request.rows;
   if (options.prompt_column.empty()) options.format = from.format;
-  const ExampleMaker maker(files, options);
-  RecordReader reader(from.path);
+  std::optional<ExampleMaker> maker;
+  if (!request.raw_text) maker.emplace(files, options);
+  SourceReader reader(from.path, request.raw_text);
   std::vector<Row> batch;
   std::vector<Dataset> made;
   uint64_t examples = 0;
@@ -255,7 +395,10 @@ uint64_t load_source(Pool& pool, const ModelFiles& files, const LoadExamples& re
     pool.each((batch.size() + kTogether - 1) / kTogether, [&](size_t item) {
       const size_t end = std::min(batch.size(), (item + 1) * kTogether);
       for (size_t i = item * kTogether; i < end; ++i) {
-        maker.add(batch[i], made[i]);
+        if (maker)
+          maker->add(batch[i], made[i]);
+        else
+          add_text(files, options, batch[i], made[i]);
         batch[i].value = nullptr;
       }
     });
@@ -279,39 +422,22 @@ uint64_t load_source(Pool& pool, const ModelFiles& files, const LoadExamples& re
 
 // Places [first, first + count) as often as the source's weight says: whole copies, then a part
 // that the seed chooses.
-void mix(const DataSource& source, size_t number, uint64_t seed, uint32_t first, uint32_t count,
-         std::vector<uint32_t>& places) {
-  std::vector<uint32_t> order(count);
-  for (uint32_t i = 0; i < count; ++i) order[i] = first + i;
+void mix(const DataSource& source, size_t number, uint64_t seed, size_t first, size_t count,
+         Examples::Builder& mixture) {
+  if (count == 0) return;
   double share = source.weight;
   if (source.num_samples != 0 && source.num_samples < count)
-    share *= static_cast<double>(source.num_samples) / count;
-  const auto take = static_cast<uint64_t>(std::llround(share * count));
-  for (uint64_t copies = take / std::max<uint32_t>(1, count); copies > 0; --copies)
-    places.insert(places.end(), order.begin(), order.end());
-  const size_t rest = count == 0 ? 0 : take % count;
+    share *= static_cast<double>(source.num_samples) / static_cast<double>(count);
+  const auto take = static_cast<uint64_t>(std::llround(share * static_cast<double>(count)));
+  for (uint64_t copies = take / count; copies > 0; --copies)
+    for (size_t i = 0; i < count; ++i) mixture.add(first + i);
+  const size_t rest = take % count;
   if (rest == 0) return;
-  Random random(seed, kMixStream + number);
-  random.shuffle(std::span(order));
-  order.resize(rest);
-  std::sort(order.begin(), order.end());
-  places.insert(places.end(), order.begin(), order.end());
-}
-
-// Places of the examples that no earlier one equals.
-std::vector<uint32_t> first_of_each(const Examples& examples) {
-  std::vector<uint32_t> order(examples.size());
-  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<uint32_t>(i);
-  std::vector<uint64_t> hashes(order.size());
-  for (size_t i = 0; i < order.size(); ++i) hashes[i] = examples[i].content;
-  std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
-    return std::pair(hashes[a], a) < std::pair(hashes[b], b);
-  });
-  std::vector<uint32_t> kept;
-  for (size_t i = 0; i < order.size(); ++i)
-    if (i == 0 || hashes[order[i]] != hashes[order[i - 1]]) kept.push_back(order[i]);
-  std::sort(kept.begin(), kept.end());
-  return kept;
+  const Permutation order(count, seed, kMixStream + number);
+  std::vector<bool> chosen(count);
+  for (size_t i = 0; i < rest; ++i) chosen[order[i]] = true;
+  for (size_t i = 0; i < count; ++i)
+    if (chosen[i]) mixture.add(first + i);
 }
 
 // What an earlier run left, if it was made from the same.
@@ -321,7 +447,8 @@ bool reuse(const LoadExamples& request, Examples::Store& store, std::vector<uint
   if (request.spill.empty() || request.key.empty() || !std::filesystem::exists(path)) return false;
   const ordered_json j = ordered_json::parse(read_file(path), nullptr, false);
   if (!j.is_object() || j.value("key", "") != request.key || !j.contains("counts")) return false;
-  store.map(request.spill);
+  store.start(request.spill, request.memory_bytes);
+  store.map();
   out.counts = counts_from(j["counts"]);
   per_source = j.value("per_source", std::vector<uint64_t>());
   for (const ordered_json& p : j.value("problems", ordered_json::array()))
@@ -329,7 +456,7 @@ bool reuse(const LoadExamples& request, Examples::Store& store, std::vector<uint
                                                   p.value("field", ""), p.value("what", "")}});
   uint64_t examples = 0;
   for (const uint64_t n : per_source) examples += n;
-  return per_source.size() == request.sources.size() && examples == store.records().size();
+  return per_source.size() == request.sources.size() && examples == store.size();
 }
 
 }  // namespace
@@ -370,16 +497,20 @@ LoadedExamples load_examples(Pool& pool, const ModelFiles& files, const LoadExam
 
   Examples all(store);
   if (request.deduplicate) {
-    const std::vector<uint32_t> kept = first_of_each(all);
-    out.counts.duplicates = all.size() - kept.size();
-    size_t at = 0, first = 0;
+    const std::vector<bool> kept = first_of_each(all);
+    Examples::Builder once(all);
+    size_t place = 0;
     for (uint64_t& count : per_source) {
-      const size_t end = first + count, from = at;
-      while (at < kept.size() && kept[at] < end) ++at;
-      first = end;
-      count = at - from;
+      const size_t end = place + count;
+      for (count = 0; place < end; ++place) {
+        if (!kept[place]) continue;
+        once.add(place);
+        ++count;
+      }
     }
-    all = all.subset(kept);
+    out.counts.duplicates = all.size();
+    all = once.finish();
+    out.counts.duplicates -= all.size();
   }
   const bool whole =
       std::all_of(request.sources.begin(), request.sources.end(),
@@ -388,39 +519,75 @@ LoadedExamples load_examples(Pool& pool, const ModelFiles& files, const LoadExam
     out.examples = std::move(all);
     return out;
   }
-  std::vector<uint32_t> places;
-  uint32_t first = 0;
+  Examples::Builder mixture(all);
+  size_t first = 0;
   for (size_t s = 0; s < request.sources.size(); ++s) {
-    const auto count = static_cast<uint32_t>(per_source[s]);
-    mix(request.sources[s], s, request.seed, first, count, places);
-    first += count;
+    mix(request.sources[s], s, request.seed, first, per_source[s], mixture);
+    first += per_source[s];
   }
-  out.examples = all.subset(places);
+  out.examples = mixture.finish();
   return out;
 }
 
 void remove_examples(const std::filesystem::path& spill) {
   for (const char* ending : {".index", ".values", ".json"})
     std::filesystem::remove(with_ending(spill, ending));
+  // Lists that a killed process was writing.
+  const std::filesystem::path folder = spill.has_parent_path() ? spill.parent_path() : ".";
+  if (!std::filesystem::is_directory(folder)) return;
+  std::vector<std::filesystem::path> lists;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    const std::string name = entry.path().filename().string();
+    if (name.starts_with(spill.filename().string() + ".") && name.find(".places") != name.npos)
+      lists.push_back(entry.path());
+  }
+  for (const std::filesystem::path& list : lists) std::filesystem::remove(list);
+}
+
+std::vector<bool> first_of_each(const Examples& examples) {
+  // Equal examples have equal hashes, which are dealt to passes that memory holds one of.
+  constexpr size_t kHashes = size_t{1} << 21;
+  const uint64_t passes = (examples.size() + kHashes - 1) / kHashes;
+  std::vector<bool> first(examples.size());
+  std::vector<std::pair<uint64_t, uint32_t>> seen;
+  for (uint64_t pass = 0; pass < passes; ++pass) {
+    seen.clear();
+    examples.each([&](size_t i, const ExampleView& e) {
+      if (e.content % passes == pass) seen.emplace_back(e.content, static_cast<uint32_t>(i));
+    });
+    std::sort(seen.begin(), seen.end());
+    for (size_t i = 0; i < seen.size(); ++i)
+      first[seen[i].second] = i == 0 || seen[i].first != seen[i - 1].first;
+  }
+  return first;
 }
 
 ExampleSplit split_by_hash(const Examples& examples, double fraction) {
   // The smallest hash, the one after it and the largest: one prompt stays on either side.
   uint64_t smallest = UINT64_MAX, second = UINT64_MAX, largest = 0;
-  for (size_t i = 0; i < examples.size(); ++i) {
-    const uint64_t h = examples[i].hash;
+  ExampleStats all;
+  examples.each([&](size_t, const ExampleView& e) {
+    const uint64_t h = e.hash;
     if (h < smallest) second = std::exchange(smallest, h);
     else if (h > smallest && h < second) second = h;
     largest = std::max(largest, h);
-  }
-  if (fraction <= 0 || examples.empty() || smallest == largest) return {examples, {}};
+    all.add(e.ids.size(), e.learnt);
+  });
+  if (fraction <= 0 || examples.empty() || smallest == largest)
+    return {examples, {}, std::move(all), {}};
   const long double share = (1 - std::min<long double>(fraction, 1)) * 0x1p64L;
   const uint64_t limit = share >= 0x1p64L ? UINT64_MAX : static_cast<uint64_t>(share);
   const uint64_t from = std::clamp(limit, second, largest);
-  std::vector<uint32_t> train, validation;
-  for (size_t i = 0; i < examples.size(); ++i)
-    (examples[i].hash >= from ? validation : train).push_back(static_cast<uint32_t>(i));
-  return {examples.subset(train), examples.subset(validation)};
+  ExampleSplit split;
+  Examples::Builder train(examples), validation(examples);
+  examples.each([&](size_t i, const ExampleView& e) {
+    const bool held = e.hash >= from;
+    (held ? validation : train).add(i);
+    (held ? split.validation_stats : split.train_stats).add(e.ids.size(), e.learnt);
+  });
+  split.train = train.finish();
+  split.validation = validation.finish();
+  return split;
 }
 
 }  // namespace moru

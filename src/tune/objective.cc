@@ -16,7 +16,6 @@
 #include "base/hash.h"
 #include "formats/safetensors.h"
 #include "tune/preference_data.h"
-#include "tune/text_data.h"
 
 namespace moru {
 namespace {
@@ -159,9 +158,9 @@ class DocumentObjective : public Objective {
  public:
   DocumentObjective(Pool& pool, Ranks& ranks, const ObjectiveOptions& o, const ModelFiles& files)
       : Objective(pool, ranks, o) {
-    const auto load = [&](const LoadExamples& request) {
-      return o.method == Method::text ? load_text(files, request)
-                                      : load_examples(pool, files, request);
+    const auto load = [&](LoadExamples request) {
+      request.raw_text = o.method == Method::text;
+      return load_examples(pool, files, request);
     };
     LoadedExamples data = load(o.data);
     counts_ = data.counts;
@@ -170,16 +169,17 @@ class DocumentObjective : public Objective {
       split_ = split_by_hash(data.examples, o.val_fraction);
     } else {
       split_.train = std::move(data.examples);
+      split_.train_stats = split_.train.stats();
       split_.validation = load(validation_of(o)).examples;
+      split_.validation_stats = split_.validation.stats();
     }
-    const size_t rows = split_.train.size();
-    lengths_.resize(rows);
-    for (size_t i = 0; i < rows; ++i) lengths_[i] = split_.train[i].ids.size();
-    tokens_ = split_.train.tokens();
-    trained_tokens_ = split_.train.trained_tokens();
-    longest_ = std::max(split_.train.longest(), split_.validation.longest());
+    rows_ = split_.train.size();
     validation_rows_ = split_.validation.size();
+    longest_ = std::max(split_.train_stats.longest(), split_.validation_stats.longest());
+    account(std::move(split_.train_stats));
   }
+
+  size_t length(size_t row) const override { return split_.train.length(row); }
 
   StepLoss accumulate(LoraTraining& training, std::span<const uint32_t> rows,
                       size_t capacity) override {
@@ -191,7 +191,7 @@ class DocumentObjective : public Objective {
     LogitSums logits;
     learn_batches(
         Dealing{pool_, ranks_, training, capacity, true}, rows.size(),
-        [&](size_t i) { return example(i).ids.size(); },
+        [&](size_t i) { return length(rows[i]); },
         [&](const std::vector<uint32_t>& members) { return batch_of(members, example, rows); },
         [&](DealtBatch& b) {
           training.accumulate(b.tokens, 1 / static_cast<float>(learnt), b.losses.nll,
@@ -211,22 +211,27 @@ class DocumentObjective : public Objective {
 
   StepLoss validate(LoraTraining& training, size_t capacity) override {
     const Examples& examples = split_.validation;
-    const auto example = [&](size_t i) { return examples[i]; };
     StepLoss out;
     double sum = 0;
     size_t learnt = 0;
     LogitSums logits;
-    evaluate_batches(
-        Dealing{pool_, ranks_, training, capacity, true}, examples.size(),
-        [&](size_t i) { return examples[i].ids.size(); },
-        [&](const std::vector<uint32_t>& members) { return batch_of(members, example, {}); },
-        [&](const DealtBatch& b) {
-          sum += sum_of(b.losses.nll);
-          learnt += b.tokens.trained();
-          for (const PackedDocument& d : b.tokens.documents)
-            logits.add(b.tokens, d, b.losses.stats);
-          note_bad_of(out, true, b, example);
-        });
+    // Batches of so many rows are dealt at a time: lists of all would grow with the data.
+    constexpr size_t kDealt = size_t{1} << 16;
+    for (size_t first = 0; first < examples.size(); first += kDealt) {
+      const auto example = [&](size_t i) { return examples[first + i]; };
+      evaluate_batches(
+          Dealing{pool_, ranks_, training, capacity, true},
+          std::min(kDealt, examples.size() - first),
+          [&](size_t i) { return examples.length(first + i); },
+          [&](const std::vector<uint32_t>& members) { return batch_of(members, example, {}); },
+          [&](const DealtBatch& b) {
+            sum += sum_of(b.losses.nll);
+            learnt += b.tokens.trained();
+            for (const PackedDocument& d : b.tokens.documents)
+              logits.add(b.tokens, d, b.losses.stats);
+            note_bad_of(out, true, b, example);
+          });
+    }
     out.metrics = {{"entropy", logits.mean_entropy()}, {"mean_token_accuracy", logits.accuracy()}};
     out.loss = learnt == 0 ? 0 : sum / static_cast<double>(learnt);
     return out;
@@ -347,17 +352,19 @@ class PairObjective : public Objective {
       pairs_ = std::move(data.examples);
       validation = load_pairs(files, validation_of(o)).examples;
     }
-    for (const PreferenceExample& e : pairs_) {
-      lengths_.push_back(e.tokens());
-      tokens_ += e.tokens();
-      trained_tokens_ += e.chosen.trained_tokens() + e.rejected.trained_tokens();
-    }
+    ExampleStats stats;
+    for (const PreferenceExample& e : pairs_)
+      stats.add(e.tokens(), e.chosen.trained_tokens() + e.rejected.trained_tokens());
+    account(std::move(stats));
+    rows_ = pairs_.size();
     // One list, those to validate on at its end.
     validation_rows_ = validation.size();
     for (PreferenceExample& e : validation) pairs_.push_back(std::move(e));
     for (const PreferenceExample& e : pairs_) longest_ = std::max(longest_, e.tokens());
     references_.assign(pairs_.size(), {0, 0});
   }
+
+  size_t length(size_t row) const override { return pairs_[row].tokens(); }
 
   void take_reference(LoraTraining& training, size_t capacity, const std::filesystem::path& cache,
                       const std::string& model_key,
@@ -421,7 +428,7 @@ class PairObjective : public Objective {
 
   StepLoss validate(LoraTraining& training, size_t capacity) override {
     std::vector<uint32_t> rows(validation_rows_);
-    std::iota(rows.begin(), rows.end(), static_cast<uint32_t>(lengths_.size()));
+    std::iota(rows.begin(), rows.end(), static_cast<uint32_t>(rows_));
     StepSums sums(*this, rows);
     evaluate_batches(
         Dealing{pool_, ranks_, training, capacity, true}, rows.size(),
@@ -492,7 +499,7 @@ class PairObjective : public Objective {
         const PackedDocument& chosen = b.tokens.documents[2 * p];
         out.loss += found.loss / pairs - anchor * logp_of(chosen, b.losses.nll);
         if (!std::isfinite(found.loss))
-          o.note_bad(out, row >= o.lengths_.size(), o.pairs_[row].chosen.source,
+          o.note_bad(out, row >= o.rows_, o.pairs_[row].chosen.source,
                      o.pairs_[row].chosen.line);
         rewards.chosen_reward += found.chosen_reward / pairs;
         rewards.rejected_reward += found.rejected_reward / pairs;
@@ -539,43 +546,45 @@ class LabelledObjective : public Objective {
     problems_ = std::move(data.problems);
     std::vector<LabelledExample> validation;
     if (o.validation.empty()) {
-      std::tie(rows_, validation) =
+      std::tie(answers_, validation) =
           split_rows(std::move(data.examples), o.val_fraction,
                      [](const LabelledExample& e) { return e.example.hash; });
     } else {
-      rows_ = std::move(data.examples);
+      answers_ = std::move(data.examples);
       validation = load_labelled(files, validation_of(o)).examples;
     }
-    for (const LabelledExample& e : rows_) {
-      lengths_.push_back(e.example.ids.size());
-      tokens_ += e.example.ids.size();
-      trained_tokens_ += e.example.trained_tokens();
-    }
+    ExampleStats stats;
+    for (const LabelledExample& e : answers_)
+      stats.add(e.example.ids.size(), e.example.trained_tokens());
+    account(std::move(stats));
+    rows_ = answers_.size();
     validation_rows_ = validation.size();
-    mismatch(rows_, o.data.rows.max_length);
+    mismatch(answers_, o.data.rows.max_length);
     mismatch(validation, o.data.rows.max_length);
-    for (LabelledExample& e : validation) rows_.push_back(std::move(e));
-    for (size_t i = 0; i < rows_.size(); ++i)
-      longest_ = std::max({longest_, rows_[i].example.ids.size(), mismatched_[i].ids.size()});
-    references_.assign(rows_.size(), {0, 0});
+    for (LabelledExample& e : validation) answers_.push_back(std::move(e));
+    for (size_t i = 0; i < answers_.size(); ++i)
+      longest_ = std::max({longest_, answers_[i].example.ids.size(), mismatched_[i].ids.size()});
+    references_.assign(answers_.size(), {0, 0});
   }
+
+  size_t length(size_t row) const override { return answers_[row].example.ids.size(); }
 
   void take_reference(LoraTraining& training, size_t capacity, const std::filesystem::path& cache,
                       const std::string& model_key,
                       const std::function<void(size_t, size_t)>& told) override {
     std::string content = model_key + "\n";
-    for (size_t i = 0; i < rows_.size(); ++i) {
-      hash_example(rows_[i].example, content);
+    for (size_t i = 0; i < answers_.size(); ++i) {
+      hash_example(answers_[i].example, content);
       hash_example(mismatched_[i], content);
     }
-    std::vector<uint32_t> all(rows_.size());
+    std::vector<uint32_t> all(answers_.size());
     std::iota(all.begin(), all.end(), 0u);
     take_references(ranks_, cache, sha256(content), references_, [&] {
       size_t done = 0;
       for (const Which which : {kAnswer, kMismatched})
         evaluate(training, all, capacity, which, [&](uint32_t row, double logp) {
           references_[row][which] = logp;
-          told(++done, 2 * rows_.size());
+          told(++done, 2 * answers_.size());
         });
     });
   }
@@ -585,7 +594,7 @@ class LabelledObjective : public Objective {
     StepSums sums(rows, divergence(training, rows, capacity));
     learn_batches(
         Dealing{pool_, ranks_, training, capacity, true}, rows.size(),
-        [&](size_t i) { return rows_[rows[i]].example.ids.size(); },
+        [&](size_t i) { return answers_[rows[i]].example.ids.size(); },
         [&](const std::vector<uint32_t>& members) { return batch_of(rows, members, kAnswer); },
         [&](DealtBatch& b) {
           training.accumulate(
@@ -606,11 +615,11 @@ class LabelledObjective : public Objective {
 
   StepLoss validate(LoraTraining& training, size_t capacity) override {
     std::vector<uint32_t> rows(validation_rows_);
-    std::iota(rows.begin(), rows.end(), static_cast<uint32_t>(lengths_.size()));
+    std::iota(rows.begin(), rows.end(), static_cast<uint32_t>(rows_));
     StepSums sums(rows, divergence(training, rows, capacity));
     evaluate_batches(
         Dealing{pool_, ranks_, training, capacity, true}, rows.size(),
-        [&](size_t i) { return rows_[rows[i]].example.ids.size(); },
+        [&](size_t i) { return answers_[rows[i]].example.ids.size(); },
         [&](const std::vector<uint32_t>& members) { return batch_of(rows, members, kAnswer); },
         [&](const DealtBatch& b) { sums.add(*this, rows, b); });
     return sums.step_loss(*this);
@@ -642,7 +651,7 @@ class LabelledObjective : public Objective {
   // What a row's log-probabilities are of, as references_ has them.
   enum Which : size_t { kAnswer, kMismatched };
   const Example& example(uint32_t row, Which which) const {
-    return which == kAnswer ? rows_[row].example : mismatched_[row];
+    return which == kAnswer ? answers_[row].example : mismatched_[row];
   }
 
   TrainingBatch batch_of(std::span<const uint32_t> rows, std::span<const uint32_t> members,
@@ -687,17 +696,17 @@ class LabelledObjective : public Objective {
 
   // The row whose answer is that of `row`'s mismatch.
   uint32_t mismatched_with(uint32_t row) const {
-    const auto learnt = static_cast<uint32_t>(lengths_.size());
+    const auto learnt = static_cast<uint32_t>(rows_);
     if (row < learnt) return row == 0 ? learnt - 1 : row - 1;
-    return row == learnt ? static_cast<uint32_t>(rows_.size()) - 1 : row - 1;
+    return row == learnt ? static_cast<uint32_t>(answers_.size()) - 1 : row - 1;
   }
 
   void note_bad_row(StepLoss& out, uint32_t row) const {
-    note_bad(out, row >= lengths_.size(), rows_[row].example.source, rows_[row].example.line);
+    note_bad(out, row >= rows_, answers_[row].example.source, answers_[row].example.line);
   }
 
   KtoLoss loss_of(uint32_t row, double logp, double kl) const {
-    return kto_loss(options_, rows_[row].desirable, logp, references_[row][kAnswer], kl);
+    return kto_loss(options_, answers_[row].desirable, logp, references_[row][kAnswer], kl);
   }
 
   // What a step over `rows` adds up.
@@ -715,7 +724,7 @@ class LabelledObjective : public Objective {
       out.tokens += b.tokens.tokens();
       for (size_t d = 0; d < b.members.size(); ++d) {
         const uint32_t i = rows[b.members[d]];
-        const LabelledExample& row = o.rows_[i];
+        const LabelledExample& row = o.answers_[i];
         const double logp = logp_of(b.tokens.documents[d], b.losses.nll);
         const KtoLoss found = o.loss_of(i, logp, kl);
         out.loss += found.loss / count;
@@ -752,7 +761,7 @@ class LabelledObjective : public Objective {
   };
 
   PreferenceOptions options_;
-  std::vector<LabelledExample> rows_;  // to learn, then to validate on
+  std::vector<LabelledExample> answers_;  // to learn, then to validate on
   std::vector<Example> mismatched_;    // one for each row
   References references_;              // of the answer, of the mismatched one
 };
@@ -771,6 +780,16 @@ std::string_view name_of(Method method) { return kMethods[static_cast<size_t>(me
 Objective::Objective(Pool& pool, Ranks& ranks, const ObjectiveOptions& options)
     : pool_(pool), ranks_(ranks), validation_(options.validation) {
   for (const DataSource& source : options.data.sources) files_.push_back(source.path);
+}
+
+size_t Objective::largest(size_t count) const {
+  size_t tokens = 0;
+  for (auto l = lengths_.rbegin(); l != lengths_.rend() && count != 0; ++l) {
+    const size_t taken = std::min<size_t>(count, l->second);
+    tokens += taken * l->first;
+    count -= taken;
+  }
+  return tokens;
 }
 
 void Objective::take_reference(LoraTraining&, size_t, const std::filesystem::path&,

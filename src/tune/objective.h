@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -62,8 +63,11 @@ class Objective {
  public:
   virtual ~Objective() = default;
 
-  // Tokens that each row to learn takes in a batch.
-  std::span<const size_t> lengths() const { return lengths_; }
+  size_t rows() const { return rows_; }  // to learn
+  // Tokens that a row to learn takes in a batch.
+  virtual size_t length(size_t row) const = 0;
+  // Tokens of the `count` longest rows to learn.
+  size_t largest(size_t count) const;
   size_t longest() const { return longest_; }  // of all rows, those to validate on too
   size_t validation_rows() const { return validation_rows_; }
   uint64_t tokens() const { return tokens_; }  // of one epoch
@@ -98,9 +102,16 @@ class Objective {
   Ranks& ranks_;
   std::vector<std::filesystem::path> files_;  // of rows to learn
   std::filesystem::path validation_;          // of rows to validate on, if they have their own
-  std::vector<size_t> lengths_;
-  size_t longest_ = 0, validation_rows_ = 0;
+  // Of rows to learn.
+  void account(ExampleStats stats) {
+    tokens_ = stats.tokens;
+    trained_tokens_ = stats.learnt;
+    lengths_ = std::move(stats.lengths);
+  }
+
+  size_t rows_ = 0, longest_ = 0, validation_rows_ = 0;
   uint64_t tokens_ = 0, trained_tokens_ = 0;
+  std::map<size_t, uint64_t> lengths_;  // how many rows to learn have so many tokens
   DataCounts counts_;
   std::vector<FileProblem> problems_;
 };

@@ -1,7 +1,5 @@
 #include "tune/text_data.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <vector>
 
@@ -39,67 +37,48 @@ void add_document(const ModelFiles& files, const DataOptions& options, std::stri
   }
 }
 
-void add_file(const ModelFiles& files, const DataOptions& options,
-              const std::filesystem::path& path, Dataset& into) {
-  const std::string text = read_file(path);
+}  // namespace
+
+SourceReader::SourceReader(const std::filesystem::path& path, bool raw_text) {
+  if (raw_text && std::filesystem::is_directory(path)) {
+    for (const auto& entry : std::filesystem::directory_iterator(path))
+      if (entry.is_regular_file() && entry.path().extension() == ".txt")
+        texts_.push_back(entry.path());
+    std::sort(texts_.begin(), texts_.end());
+  } else if (raw_text && path.extension() == ".txt") {
+    texts_.push_back(path);
+  } else {
+    records_.emplace(path);
+  }
+}
+
+std::optional<Row> SourceReader::next() {
+  if (records_) return records_->next();
+  if (done_ == texts_.size()) return std::nullopt;
+  const std::filesystem::path& path = texts_[done_++];
+  std::string text = read_file(path);
   if (find_invalid_utf8(text))
     throw Error(ErrorKind::bad_input, {.where = path.string(),
                                        .what = "is not UTF-8 text",
                                        .cure = "convert it: iconv -t utf-8"});
-  ++into.counts.rows;
-  add_document(files, options, text, into.counts.rows, into);
+  Row row{.line = done_, .value = {}, .bytes = text.size()};
+  row.value = nlohmann::ordered_json::object({{"text", std::move(text)}});
+  return row;
 }
 
-}  // namespace
+const std::vector<RowProblem>& SourceReader::problems() const {
+  static const std::vector<RowProblem> kNone;
+  return records_ ? records_->problems() : kNone;
+}
 
-LoadedExamples load_text(const ModelFiles& files, const LoadExamples& request) {
-  Dataset data;
-  LoadedExamples out;
-  for (const DataSource& source : request.sources) {
-    const std::filesystem::path& path = source.path;
-    const size_t before = data.examples.size();
-    const auto problem = [&](RowProblem row) {
-      ++data.counts.bad;
-      if (data.counts.bad > request.max_bad)
-        throw Error(ErrorKind::bad_input,
-                    {.where = fmt::format("{}: line {}{}{}", path.string(), row.line,
-                                          row.field.empty() ? "" : ": ", row.field),
-                     .what = fmt::format("{}; that is bad row {}", row.what, data.counts.bad),
-                     .cure = "mend the rows, or allow more with --max-bad"});
-      if (out.problems.size() < 100) out.problems.push_back({path, std::move(row)});
-    };
-    if (std::filesystem::is_directory(path)) {
-      std::vector<std::filesystem::path> texts;
-      for (const auto& entry : std::filesystem::directory_iterator(path))
-        if (entry.is_regular_file() && entry.path().extension() == ".txt")
-          texts.push_back(entry.path());
-      std::sort(texts.begin(), texts.end());
-      for (const std::filesystem::path& text : texts) add_file(files, request.rows, text, data);
-    } else if (path.extension() == ".txt") {
-      add_file(files, request.rows, path, data);
-    } else {
-      RecordReader reader(path);
-      while (const std::optional<Row> row = reader.next()) {
-        ++data.counts.rows;
-        const auto text = row->value.find("text");
-        if (text != row->value.end() && text->is_string())
-          add_document(files, request.rows, text->get_ref<const std::string&>(), row->line, data);
-        else
-          problem({row->line, "text", text == row->value.end() ? "is missing" : "is not a text"});
-      }
-      for (const RowProblem& row : reader.problems()) {
-        ++data.counts.rows;
-        problem(row);
-      }
-    }
-    for (size_t i = before; i < data.examples.size(); ++i)
-      data.examples[i].source = static_cast<size_t>(&source - request.sources.data());
-    if (data.examples.size() == before)
-      refuse_unusable(path, data.counts, out.problems.empty() ? nullptr : &out.problems[0].row);
-  }
-  out.examples = Examples(data.examples);
-  out.counts = data.counts;
-  return out;
+void add_text(const ModelFiles& files, const DataOptions& options, const Row& row, Dataset& into) {
+  ++into.counts.rows;
+  const auto text = row.value.find("text");
+  if (text != row.value.end() && text->is_string())
+    return add_document(files, options, text->get_ref<const std::string&>(), row.line, into);
+  ++into.counts.bad;
+  into.problems.push_back(
+      {row.line, "text", text == row.value.end() ? "is missing" : "is not a text"});
 }
 
 }  // namespace moru

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <fstream>
 #include <nlohmann/json.hpp>
-#include <numeric>
 #include <thread>
 
 #include "base/clock.h"
@@ -60,12 +59,15 @@ size_t resident_bytes() {
   return resident * 4096;
 }
 
+// In the folder of a rank's own files: hashes of what it reads.
+constexpr const char* kHashes = "hashes.txt";
+
 // What decides the bits of the result. Threads, memory and logging do not.
-std::string fingerprint_of(const TuneOptions& o) {
+std::string fingerprint_of(const TuneOptions& o, const std::filesystem::path& hashes) {
   ordered_json j = {
-      {"model", sha256_of_path(o.model)},
+      {"model", remembered_sha256(o.model, hashes)},
       {"data", ordered_json::array()},
-      {"validation", o.validation.empty() ? "" : sha256_of_path(o.validation)},
+      {"validation", o.validation.empty() ? "" : remembered_sha256(o.validation, hashes)},
       {"adapter", o.adapter.empty() ? "" : sha256_of_path(o.adapter)},
       {"template", o.rows.plain_template},
       {"system", o.rows.system},
@@ -93,7 +95,7 @@ std::string fingerprint_of(const TuneOptions& o) {
       {"neftune", o.neftune_alpha},
       {"max_z_score", o.max_z_score}};
   for (const DataSource& s : o.data)
-    j["data"].push_back({sha256_of_path(s.path), to_json(s.format), s.weight, s.num_samples});
+    j["data"].push_back({remembered_sha256(s.path, hashes), to_json(s.format), s.weight, s.num_samples});
   j["rows"] = {o.rows.nfc, o.deduplicate};
   for (const Projection target : o.lora.targets) j["targets"].push_back(traits(target).name);
   return sha256(j.dump());
@@ -121,33 +123,32 @@ void check(const TuneOptions& o) {
 }
 
 // Rows of one step: [cursor, end) of the epoch's order.
-size_t step_end(const TuneOptions& o, std::span<const size_t> lengths,
-                std::span<const uint32_t> order, size_t cursor) {
+size_t step_end(const TuneOptions& o, const Objective& objective, const Permutation& order,
+                size_t cursor) {
   if (o.batch_tokens == 0) return std::min<size_t>(cursor + o.batch_size, order.size());
-  size_t tokens = lengths[order[cursor]], end = cursor + 1;
-  while (end < order.size() && tokens + lengths[order[end]] <= o.batch_tokens)
-    tokens += lengths[order[end++]];
+  size_t tokens = objective.length(order[cursor]), end = cursor + 1;
+  for (; end < order.size(); ++end) {
+    tokens += objective.length(order[end]);
+    if (tokens > o.batch_tokens) break;
+  }
   return end;
 }
 
-uint64_t count_steps(const TuneOptions& o, std::span<const size_t> lengths) {
+uint64_t count_steps(const TuneOptions& o, const Objective& objective) {
   if (o.max_steps != 0) return o.max_steps;
+  const size_t rows = objective.rows();
+  if (o.batch_tokens == 0) return o.epochs * ((rows + o.batch_size - 1) / o.batch_size);
   uint64_t steps = 0;
   for (uint64_t epoch = 0; epoch < o.epochs; ++epoch) {
-    const std::vector<uint32_t> order = epoch_order(lengths.size(), o.seed, epoch);
-    for (size_t at = 0; at < order.size(); at = step_end(o, lengths, order, at)) ++steps;
+    const Permutation order = epoch_order(rows, o.seed, epoch);
+    for (size_t at = 0; at < rows; at = step_end(o, objective, order, at)) ++steps;
   }
   return steps;
 }
 
 // Tokens of the largest step that there may be.
 size_t largest_step(const TuneOptions& o, const Objective& objective) {
-  if (o.batch_tokens != 0) return o.batch_tokens;
-  std::vector<size_t> lengths(objective.lengths().begin(), objective.lengths().end());
-  const size_t count = std::min<size_t>(o.batch_size, lengths.size());
-  const auto end = lengths.begin() + static_cast<std::ptrdiff_t>(count);
-  std::partial_sort(lengths.begin(), end, lengths.end(), std::greater());
-  return std::accumulate(lengths.begin(), end, size_t{0});
+  return o.batch_tokens != 0 ? o.batch_tokens : objective.largest(o.batch_size);
 }
 
 // Tokens that are computed at a time: never more than a step has, never fewer than a row.
@@ -220,7 +221,7 @@ std::string describe(const Objective& data) {
   std::string text = fmt::format(
       "{} examples and {} to validate on from {} rows, {} tokens, {} of them learnt "
       "({:.0f} %)",
-      data.lengths().size(), data.validation_rows(), c.rows, tokens, trained,
+      data.rows(), data.validation_rows(), c.rows, tokens, trained,
       100.0 * static_cast<double>(trained) / static_cast<double>(std::max<uint64_t>(1, tokens)));
   const auto note = [&](uint64_t count, const char* what) {
     if (count != 0) text += fmt::format("; {} {}", count, what);
@@ -395,7 +396,7 @@ class Run {
 
   void plan() {
     capacity_ = batch_capacity(o_, *objective_);
-    steps_ = count_steps(o_, objective_->lengths());
+    steps_ = count_steps(o_, *objective_);
     TrainingOptions options{.tokens = capacity_, .quantized_type = type()};
     const bool validates = objective_->validation_rows() != 0;
     const size_t sum_bytes =
@@ -423,7 +424,7 @@ class Run {
   // Where the run stands. The reference is the model as it is before the first step.
   void resume() {
     const std::string key =
-        fmt::format("{} {} {} {}", sha256_of_path(o_.model),
+        fmt::format("{} {} {} {}", remembered_sha256(o_.model, own_files_ / kHashes),
                     o_.adapter.empty() ? std::string() : sha256_of_path(o_.adapter),
                     static_cast<int>(type()), o_.learnt.full);
     size_t told = 0;
@@ -453,7 +454,7 @@ class Run {
     if (ranks_.leads()) log_.emplace(o_.out, run_.step);
     seconds_before_ = run_.seconds;
     watch_ = Stopwatch();
-    order_ = epoch_order(objective_->lengths().size(), o_.seed, run_.epoch);
+    order_ = epoch_order(objective_->rows(), o_.seed, run_.epoch);
   }
 
   // Values and moments are the optimiser's while the run moves and run_'s while it is written or
@@ -528,9 +529,9 @@ class Run {
 
   void step() {
     Stopwatch step_watch;
-    const size_t end = step_end(o_, objective_->lengths(), order_, run_.cursor);
-    const std::span<const uint32_t> rows =
-        std::span<const uint32_t>(order_).subspan(run_.cursor, end - run_.cursor);
+    const size_t end = step_end(o_, *objective_, order_, run_.cursor);
+    std::vector<uint32_t> rows;
+    for (size_t i = run_.cursor; i < end; ++i) rows.push_back(static_cast<uint32_t>(order_[i]));
     training_->set_noise(
         {.alpha = static_cast<float>(o_.neftune_alpha), .seed = o_.seed, .step = run_.step});
     const StepLoss found = objective_->accumulate(*training_, rows, capacity_);
@@ -565,7 +566,7 @@ class Run {
       run_.loss_sum = 0;
       run_.loss_count = 0;
       run_.cursor = 0;
-      order_ = epoch_order(objective_->lengths().size(), o_.seed, ++run_.epoch);
+      order_ = epoch_order(objective_->rows(), o_.seed, ++run_.epoch);
     }
     tokens_here_ += static_cast<double>(found.tokens);
     seconds_here_ += step_watch.seconds();
@@ -643,7 +644,7 @@ class Run {
     r.counts = objective_->counts();
     r.tokens = objective_->tokens();
     r.trained_tokens = objective_->trained_tokens();
-    r.examples = objective_->lengths().size();
+    r.examples = objective_->rows();
     r.validation_examples = objective_->validation_rows();
     r.steps = run_.step;
     r.best_step = run_.best.empty() ? run_.step : run_.best_step;
@@ -658,6 +659,7 @@ class Run {
     r.tokens_per_second = seconds_here_ > 0 ? tokens_here_ / seconds_here_ : 0;
     r.peak_bytes = peak_memory_bytes();
     remove_all_examples(own_files_);
+    std::filesystem::remove(own_files_ / kHashes);
     if (!ranks_.leads()) {
       std::error_code ignored;  // another rank's files, or none of this machine
       std::filesystem::remove(own_files_, ignored);
@@ -703,7 +705,7 @@ class Run {
 
   TrainingRun run_;
   OutlierGuard losses_, norms_;
-  std::vector<uint32_t> order_;  // of the epoch
+  Permutation order_;  // of the epoch
   Stopwatch watch_;
   double seconds_before_ = 0, tokens_here_ = 0, seconds_here_ = 0;
   bool stopped_early_ = false;
@@ -734,7 +736,7 @@ TuneResult tune(const TuneOptions& o, const TuneProgress& progress) {
 TuneResult tune(const TuneOptions& o, const TuneProgress& progress, Ranks& ranks) {
   check(o);
   make_folder(files_of(o, ranks));
-  const std::string fingerprint = fingerprint_of(o);
+  const std::string fingerprint = fingerprint_of(o, files_of(o, ranks) / kHashes);
   check_same(ranks, fingerprint);
   std::optional<TuneResult> done;
   if (o.restart) remove_all_examples(files_of(o, ranks));

@@ -7,6 +7,7 @@
 //   out/checkpoint.safetensors   while the run is not finished
 //   out/examples.*               likewise, of data that memory should not hold; out/rank1/… of
 //                                others
+//   out/hashes.txt               likewise: of large files that were read
 //   out/log.jsonl, tensorboard/  a line, and scalars, a step and a validation (run_log.h)
 //   out/report.html              the log as a page (moru tune writes it)
 //   out/reference.safetensors    log-probabilities of the reference, of methods that have one

@@ -281,10 +281,16 @@ TEST_CASE("packing wastes little and loses nothing") {
 }
 
 TEST_CASE("epochs are different permutations, the same for the same seed") {
-  std::vector<uint32_t> order = epoch_order(100, 1, 0);
-  CHECK(order == epoch_order(100, 1, 0));
-  CHECK(order != epoch_order(100, 1, 1));
-  CHECK(order != epoch_order(100, 2, 0));
+  const auto order_of = [](uint64_t seed, uint64_t epoch) {
+    const Permutation order = epoch_order(100, seed, epoch);
+    std::vector<size_t> all;
+    for (size_t i = 0; i < order.size(); ++i) all.push_back(order[i]);
+    return all;
+  };
+  std::vector<size_t> order = order_of(1, 0);
+  CHECK(order == order_of(1, 0));
+  CHECK(order != order_of(1, 1));
+  CHECK(order != order_of(2, 0));
   std::sort(order.begin(), order.end());
-  for (uint32_t i = 0; i < 100; ++i) CHECK(order[i] == i);
+  for (size_t i = 0; i < 100; ++i) CHECK(order[i] == i);
 }

@@ -10,7 +10,6 @@
 #include "support.h"
 #include "tune/examples.h"
 #include "tune/preference_data.h"
-#include "tune/text_data.h"
 
 using namespace moru;
 
@@ -331,7 +330,10 @@ TEST_CASE("every method's reader takes BOM and CRLF, and names file, line and fi
   CHECK(refused("text",
                 file("text.jsonl", R"({"text": "one"})", "{\"text\": \"\xED\xA0\x80\"}",
                      R"({"text": "two"})"),
-                [](const LoadExamples& r) { return load_text(model(), r).examples.size(); }) ==
+                [](LoadExamples r) {
+                  r.raw_text = true;
+                  return load(r).examples.size();
+                }) ==
         "text");
   CHECK(refused("dpo",
                 file("dpo.jsonl", R"({"prompt": "p", "chosen": "a", "rejected": "b"})",
@@ -447,6 +449,76 @@ TEST_CASE(
   }
   request.key = "another";
   CHECK(error_from([&] { load(request); }).kind() == ErrorKind::bad_input);
+}
+
+TEST_CASE("splits, mixtures and what is learnt once are the same lists in memory and in files") {
+  const TempDir dir;
+  std::string lines, more;
+  for (int i = 0; i < 3000; ++i)
+    lines += fmt::format("{{\"prompt\": \"{}\", \"completion\": \"{}\"}}\n", i % 2500, i % 7);
+  for (int i = 0; i < 900; ++i)
+    more += fmt::format("{{\"prompt\": \"{}\", \"completion\": \"{}\"}}\n", 2 * i, 2 * i % 7);
+  const auto one = dir.file("one.jsonl", lines), two = dir.file("two.jsonl", more);
+  const auto check_same = [](const Examples& a, const Examples& b) {
+    REQUIRE(a.size() == b.size());
+    std::vector<uint64_t> in_order;
+    b.each([&](size_t i, const ExampleView& e) {
+      REQUIRE(i == in_order.size());
+      in_order.push_back(e.content);
+    });
+    for (size_t i = 0; i < a.size(); ++i) {
+      REQUIRE(a[i].content == b[i].content);
+      REQUIRE(a[i].line == b[i].line);
+      REQUIRE(std::ranges::equal(a[i].ids, b[i].ids));
+      REQUIRE(in_order[i] == b[i].content);
+      REQUIRE(b.length(i) == b[i].ids.size());
+    }
+  };
+  for (const bool once : {false, true}) {
+    CAPTURE(once);
+    LoadExamples request{.sources = {{.path = one, .weight = 1.5}, {.path = two, .weight = 0.25}},
+                         .deduplicate = once};
+    const LoadedExamples held = load(request);
+    request.spill = dir.path() / (once ? "once" : "all");
+    request.memory_bytes = 10'000;
+    request.key = "key";
+    for (const bool again : {false, true}) {
+      CAPTURE(again);
+      const LoadedExamples mapped = load(request);
+      check_same(held.examples, mapped.examples);
+      CHECK(held.counts.duplicates == mapped.counts.duplicates);
+      const ExampleSplit a = split_by_hash(held.examples, 0.1),
+                         b = split_by_hash(mapped.examples, 0.1);
+      CHECK(b.validation.size() > 200);
+      check_same(a.train, b.train);
+      check_same(a.validation, b.validation);
+      CHECK(b.train_stats.lengths == b.train.stats().lengths);
+      CHECK(b.train_stats.tokens == a.train.stats().tokens);
+      CHECK(b.validation_stats.learnt == b.validation.stats().learnt);
+    }
+    // Lists leave no files behind, nor does a killed process for long.
+    for (const auto& entry : std::filesystem::directory_iterator(dir.path()))
+      CHECK(entry.path().extension() != ".places");
+    const auto left = dir.file((once ? "once" : "all") + std::string(".0x1.places.partial"), "x");
+    remove_examples(request.spill);
+    CHECK(!std::filesystem::exists(left));
+  }
+}
+
+TEST_CASE("raw text is kept in files too, and weighed like other rows") {
+  const TempDir dir;
+  std::string lines;
+  for (int i = 0; i < 500; ++i) lines += fmt::format("{{\"text\": \"number {}\"}}\n", i);
+  LoadExamples request{.sources = {{.path = dir.file("text.jsonl", lines), .weight = 0.5}},
+                       .raw_text = true};
+  const Examples held = load(request).examples;
+  CHECK(held.size() == 250);
+  request.spill = dir.path() / "examples";
+  request.memory_bytes = 1000;
+  const Examples mapped = load(request).examples;
+  REQUIRE(std::filesystem::exists(dir.path() / "examples.index"));
+  REQUIRE(mapped.size() == held.size());
+  for (size_t i = 0; i < held.size(); ++i) REQUIRE(text_of(held[i]) == text_of(mapped[i]));
 }
 
 TEST_CASE("a split keeps equal prompts together and does not depend on other rows") {
