@@ -41,6 +41,7 @@ class Program {
     output_ = ends[0];
   }
 
+  pid_t pid() const { return pid_; }
   void kill_now() { ::kill(pid_, SIGKILL); }
   void kill_after(std::chrono::milliseconds time, int signal = SIGKILL) {
     std::thread([pid = pid_, time, signal] {

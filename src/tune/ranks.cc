@@ -13,10 +13,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <mutex>
 #include <new>
 #include <optional>
 #include <string_view>
 #include <thread>
+#include <utility>
 
 #include "base/error.h"
 #ifdef MORU_MPI
@@ -86,12 +88,15 @@ constexpr auto kSameEnd = 2s;
 
 // mpirun drops what a process has said just before its end.
 constexpr auto kHeard = 200ms;
+// So long before that, what was learnt so far is saved without the step that is under way.
+constexpr auto kRescue = 550ms;
 
 // What the ranks of one machine know of each other without asking.
 struct Seat {
   std::atomic<pid_t> pid;
   std::atomic<size_t> rank;
-  std::atomic<bool> has_ended;  // on purpose: its death is no news
+  std::atomic<bool> has_ended;   // on purpose: its death is no news
+  std::atomic<bool> has_spoken;  // of the end of the run
 };
 
 class MpiRanks : public Ranks {
@@ -173,6 +178,11 @@ class MpiRanks : public Ranks {
     }
   }
 
+  void set_rescue(std::function<std::string()> rescue) override {
+    const std::lock_guard lock(rescue_mutex_);
+    rescue_ = std::move(rescue);
+  }
+
   int run(const std::function<void()>& work, bool (*asked)()) override {
     watcher_ = std::thread([this, asked] { watch(asked); });
     try {
@@ -217,6 +227,7 @@ class MpiRanks : public Ranks {
     own->pid = ::getpid();
     own->rank = rank_;
     own->has_ended = false;
+    own->has_spoken = false;
     MPI_Barrier(machine_comm_);
   }
 
@@ -253,11 +264,22 @@ class MpiRanks : public Ranks {
                           seats_[i].rank.load(), size_));
       const auto now = std::chrono::steady_clock::now();
       if (asked() && !asked_at) asked_at = now;
+      if (asked_at && now - *asked_at > patience() - kRescue) rescue();
       if (asked_at && now - *asked_at > patience())
         leave(
             "the run was stopped within a step, or one of its processes was (give the same command "
             "to go on from what was saved last)");
     }
+  }
+
+  // Ends this process if it could save.
+  void rescue() {
+    const std::lock_guard lock(rescue_mutex_);
+    if (!rescue_) return;
+    const std::string done = std::exchange(rescue_, nullptr)();
+    if (done.empty()) return;
+    seats_[seat_].has_spoken = true;
+    leave(done);
   }
 
   static bool is_dead(const Seat& seat) {
@@ -274,9 +296,12 @@ class MpiRanks : public Ranks {
 
   // Files are whole whenever a process ends; the first rank of a machine that lives speaks.
   [[noreturn]] void leave(const std::string& message) {
-    size_t speaker = 0;
-    while (speaker < seat_ && (is_dead(seats_[speaker]) || seats_[speaker].has_ended)) ++speaker;
-    if (speaker == seat_) say(message);
+    bool speaks = true;
+    for (size_t i = 0; i < on_this_machine_; ++i) {
+      if (i < seat_ && !is_dead(seats_[i]) && !seats_[i].has_ended) speaks = false;
+      if (i != seat_ && seats_[i].has_spoken) speaks = false;
+    }
+    if (speaks) say(message);
     std::this_thread::sleep_for(kHeard);
     std::_Exit(exit_code(ErrorKind::interrupted));
   }
@@ -297,6 +322,8 @@ class MpiRanks : public Ranks {
   std::string machine_;
   std::thread watcher_;
   std::atomic<bool> watcher_ends_ = false;
+  std::mutex rescue_mutex_;
+  std::function<std::string()> rescue_;
   std::vector<float> sum_;  // of this rank's slice over earlier batches
   std::vector<float> received_;
 };

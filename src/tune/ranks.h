@@ -50,6 +50,11 @@ class Ranks {
   // Bytes that add() takes beside a gradient of so many floats where a step has several batches.
   virtual size_t sum_bytes(size_t parameters) const = 0;
 
+  // What rank 0 can still do where mpirun is about to kill in the middle of a long step: called on
+  // another thread, at most once, before the process ends; tells what it has done, or nothing if it
+  // could not. Empty: nothing can be done any more, and none is under way.
+  virtual void set_rescue(std::function<std::string()> rescue) = 0;
+
   // Runs this process's part of a run. What all ranks throw, rank 0 throws on, and the others
   // return its exit code (0 for none) and are to end without a word. What one rank alone throws it
   // says itself, and ends them all; so does the death of a rank. `asked` tells that a signal has
@@ -67,6 +72,7 @@ class OneRank : public Ranks {
   bool any(bool here) override { return here; }
   void add(Pool& pool, std::span<float> gradient, const Round& round) override;
   size_t sum_bytes(size_t parameters) const override { return parameters * sizeof(float); }
+  void set_rescue(std::function<std::string()>) override {}
   int run(const std::function<void()>& work, bool (*asked)()) override;
 
  private:

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <mutex>
 #include <thread>
 
 #include "base/clock.h"
@@ -335,6 +336,8 @@ class Run {
     plan();
     resume();
     StopSignals signals;
+    const std::unique_lock moving(still_);
+    const Rescue rescue(*this);
     if (run_.step == 0 && std::isnan(run_.first_loss)) validate();
     stopped_early_ = o_.patience != 0 && run_.without_improvement >= o_.patience;
     while (run_.step < steps_ && !stopped_early_) step();
@@ -457,6 +460,53 @@ class Run {
     order_ = epoch_order(objective_->rows(), o_.seed, run_.epoch);
   }
 
+  // While it lives, this process can save on another thread where it is about to be killed.
+  class Rescue {
+   public:
+    explicit Rescue(Run& run) : ranks_(run.ranks_) {
+      if (ranks_.leads()) ranks_.set_rescue([&run] { return run.save_last_step(); });
+    }
+    ~Rescue() { ranks_.set_rescue({}); }
+    Rescue(const Rescue&) = delete;
+    Rescue& operator=(const Rescue&) = delete;
+
+   private:
+    Ranks& ranks_;
+  };
+
+  // Saves what the run was before the step that is being computed, and tells so; nothing if it is
+  // moving, or being validated, now. After it has saved, nothing moves any more.
+  std::string save_last_step() {
+    if (!still_.try_lock()) return {};
+    // Copies take memory and time, and there is little left of the latter.
+    constexpr size_t kMaxFloats = size_t{64} << 20;
+    if (lora_.values.size() > kMaxFloats) return still_.unlock(), std::string();
+    TrainingRun run = run_;
+    run.values = lora_.values;
+    run.m = adamw_->m;
+    run.v = adamw_->v;
+    run.recent_losses = losses_.values;
+    run.recent_norms = norms_.values;
+    run.updates = adamw_->steps;
+    run.seconds = seconds_before_ + watch_.seconds();
+    write_checkpoint(checkpoint_, fingerprint_, run);
+    return fmt::format("{}: stopped after step {} of {}; all is saved (give the same command to go "
+                       "on)",
+                       o_.out.string(), run.step, steps_);
+  }
+
+  // Computes what changes nothing of the run, which may be saved meanwhile.
+  template <typename Compute>
+  StepLoss while_still(Compute&& compute) {
+    struct Unlocked {
+      std::mutex& mutex;
+      explicit Unlocked(std::mutex& m) : mutex(m) { mutex.unlock(); }
+      ~Unlocked() { mutex.lock(); }
+    };
+    const Unlocked unlocked(still_);
+    return compute();
+  }
+
   // Values and moments are the optimiser's while the run moves and run_'s while it is written or
   // has been read: exchanged, not copied, since they may be most of the memory.
   void swap_state() {
@@ -534,7 +584,8 @@ class Run {
     for (size_t i = run_.cursor; i < end; ++i) rows.push_back(static_cast<uint32_t>(order_[i]));
     training_->set_noise(
         {.alpha = static_cast<float>(o_.neftune_alpha), .seed = o_.seed, .step = run_.step});
-    const StepLoss found = objective_->accumulate(*training_, rows, capacity_);
+    const StepLoss found =
+        while_still([&] { return objective_->accumulate(*training_, rows, capacity_); });
     const double norm = global_norm(pool_, training_->gradients());
     const double lr = o_.lr * schedule_factor(schedule_, run_.step);
     if (!std::isfinite(found.loss) || !std::isfinite(norm))
@@ -703,6 +754,7 @@ class Run {
   ScheduleOptions schedule_;
   std::optional<RunLog> log_;
 
+  std::mutex still_;  // held but while a step's gradients are computed: while the run moves from one step's state to the next's
   TrainingRun run_;
   OutlierGuard losses_, norms_;
   Permutation order_;  // of the epoch

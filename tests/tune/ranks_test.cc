@@ -184,6 +184,58 @@ TEST_CASE("a run whose process is killed says so once, and any number goes on to
   }
 }
 
+TEST_CASE("a run that is stopped through mpirun saves what it has, also within a long step") {
+  if (!has_mpirun()) return;
+  const TempDir dir;
+  // A step of a thousand rows takes longer than mpirun waits.
+  dir.file("rows.jsonl", rows_for("sft", 1200));
+  for (const bool long_steps : {false, true}) {
+    CAPTURE(long_steps);
+    const std::string name = long_steps ? "long" : "short";
+    std::vector<std::string> more = {"--epochs", "3", "--save-steps", "1000", "--val-fraction", "0",
+                                     "--threads", "1"};
+    const auto words = [&](const std::string& out) {
+      std::vector<std::string> all = words_for(dir, out, more);
+      const auto set = [&](const char* flag, const char* value) {
+        *(std::find(all.begin(), all.end(), flag) + 1) = value;
+      };
+      set("--batch-size", long_steps ? "1200" : "8");
+      if (long_steps) set("--micro-batch-tokens", "64");
+      return all;
+    };
+    if (long_steps) more.insert(more.end(), {"--max-steps", "4"});
+    if (!long_steps) more.insert(more.end(), {"--max-steps", "500"});
+    REQUIRE(run(2, words(name + "_whole")).code == 0);
+    Program program(mpirun(2, words(name)), "mpirun");
+    std::thread stopper([&] {
+      for (size_t tries = 0; tries < 6000; ++tries) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        if (log_of(dir.path() / name).size() < 2) continue;
+        ::kill(program.pid(), SIGINT);
+        return;
+      }
+    });
+    const Ended ended = program.wait();
+    stopper.join();
+    CAPTURE(ended.output);
+    CHECK(ended.code != 0);
+    // mpirun may drop what is said after it was asked.
+    const std::vector<std::string> said = errors_in(ended.output);
+    REQUIRE(said.size() <= 1);
+    for (const std::string& line : said)
+      CHECK(line.find("stopped after step ") != std::string::npos);
+    REQUIRE(!std::filesystem::exists(dir.path() / name / "tune.json"));
+    REQUIRE(std::filesystem::exists(dir.path() / name / "checkpoint.safetensors"));
+
+    const Ended rest = run(2, words(name));
+    CAPTURE(rest.output);
+    REQUIRE(rest.code == 0);
+    CHECK(rest.output.find("going on from step") != std::string::npos);
+    CHECK(learnt_by(dir.path() / name) == learnt_by(dir.path() / (name + "_whole")));
+    CHECK(log_of(dir.path() / name) == log_of(dir.path() / (name + "_whole")));
+  }
+}
+
 TEST_CASE("an error of all processes is said once, one of a single process names it") {
   if (!has_mpirun()) return;
   const TempDir dir;
