@@ -36,12 +36,34 @@ void futex_wake(std::atomic<uint32_t>& word) {
   ::syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
+thread_local size_t own_number = 0;
+
+// What read_ahead() was last told, less what has been asked for.
+struct Ahead {
+  const char* at = nullptr;
+  size_t lines = 0;
+};
+thread_local Ahead ahead;
+
+constexpr size_t kLineBytes = 64;
+
 // Waits until `word` differs from `value`: spins first, then sleeps.
 void wait_change(std::atomic<uint32_t>& word, uint32_t value, std::atomic<uint32_t>& sleepers) {
+  Ahead next = ahead;
   for (int i = 0; i < kSpins; ++i) {
-    if (word.load(std::memory_order_acquire) != value) return;
-    pause();
+    if (word.load(std::memory_order_acquire) != value) {
+      ahead = next;
+      return;
+    }
+    if (next.lines == 0) {
+      pause();
+      continue;
+    }
+    // As many as a core has under way at a time, or so; the next look at the word waits for them.
+    for (int line = 0; line < 4 && next.lines > 0; ++line, --next.lines, next.at += kLineBytes)
+      __builtin_prefetch(next.at, 0, 2);  // into the second level
   }
+  ahead = next;
   while (word.load(std::memory_order_acquire) == value) {
     sleepers.fetch_add(1);
     if (word.load() == value) futex_wait(word, value);
@@ -68,6 +90,7 @@ struct Pool::State {
   std::atomic<bool> stop{false};
   std::mutex error_mutex;
   std::exception_ptr error;
+  std::vector<Share> shares;
   std::vector<std::thread> threads;
 
   void take_items() {
@@ -106,8 +129,12 @@ struct Pool::State {
 
 Pool::Pool(size_t threads) : state_(std::make_unique<State>()) {
   MORU_CHECK(threads >= 1);
+  state_->shares = std::vector<Share>(threads);
   for (size_t i = 1; i < threads; ++i)
-    state_->threads.emplace_back([state = state_.get()] { state->serve(); });
+    state_->threads.emplace_back([state = state_.get(), i] {
+      own_number = i;
+      state->serve();
+    });
 }
 
 Pool::~Pool() {
@@ -117,7 +144,13 @@ Pool::~Pool() {
   for (std::thread& thread : state_->threads) thread.join();
 }
 
-size_t Pool::size() const { return state_->threads.size() + 1; }
+size_t Pool::size() const { return state_->shares.size(); }
+size_t Pool::thread() { return own_number; }
+std::span<Pool::Share> Pool::shares() { return state_->shares; }
+
+void Pool::read_ahead(const void* from, size_t bytes) {
+  ahead = {static_cast<const char*>(from), (bytes + kLineBytes - 1) / kLineBytes};
+}
 
 void Pool::run(void (*item)(void*, size_t), void* context, size_t count) {
   State& s = *state_;

@@ -7,13 +7,21 @@
 // Kernels split their work by a fixed grid, never by the number of threads, so that results are
 // the same bits for any pool.
 #pragma once
+#include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <span>
 
 namespace moru {
 
 class Pool {
  public:
+  // What is left to one thread of a phase's items (base/pieces.h): two 32-bit numbers.
+  struct alignas(64) Share {
+    std::atomic<uint64_t> left{0};
+  };
+
   // `threads` ≥ 1; 1 starts no thread.
   explicit Pool(size_t threads);
   ~Pool();
@@ -21,6 +29,15 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
 
   size_t size() const;
+  // Which of a pool's threads the calling one is: 0 for one that is not a pool's own.
+  static size_t thread();
+  // One for each thread; for the phase under way alone.
+  std::span<Share> shares();
+
+  // Memory that the calling thread will read first in a later phase. While it waits for other
+  // threads or for a phase it asks for these bytes, a line at a time, so that memory does not idle
+  // where one thread has work that others do not share. An address that is none does no harm.
+  static void read_ahead(const void* from, size_t bytes);
 
   // Calls item(i) for each i in [0, count), handed out in order to whichever thread is free. The
   // first exception is rethrown here after all threads have stopped; items not yet begun are left

@@ -9,6 +9,7 @@
 #include <span>
 
 #include "base/threads.h"
+#include "engine/weight_pieces.h"
 
 namespace moru {
 
@@ -23,8 +24,12 @@ struct FewRowsProduct {
   bool add;
 };
 
-// x: [m, k] bf16, 1 ≤ m ≤ kFewRows. All products in one parallel phase.
+// Weights [rows, k] as a phase of few rows reads them.
+WeightItems few_rows_items(const uint16_t* w, size_t rows, size_t k);
+
+// x: [m, k] bf16, 1 ≤ m ≤ kFewRows. All products in one parallel phase; the next one reads `next`.
 void multiply_few_rows(Pool& pool, const uint16_t* x, size_t m, size_t k,
-                       std::span<const FewRowsProduct> products);
+                       std::span<const FewRowsProduct> products,
+                       std::span<const WeightItems> next = {});
 
 }  // namespace moru

@@ -183,8 +183,9 @@ struct Engine::State {
 
     Rows& attn_in = set_normed(w.attn_norm, w.q);
     watch(index, "attn_q", attn_in);
-    operand.multiply(
-        pool, {{&w.q, q.data(), q.cols}, {&w.k, k.data(), k.cols}, {&w.v, v.data(), v.cols}});
+    operand.multiply(pool,
+                     {{&w.q, q.data(), q.cols}, {&w.k, k.data(), k.cols}, {&w.v, v.data(), v.cols}},
+                     {&w.attn_out});
     adapt(index, kInputGroups[0], attn_in, {&q, &k, &v});
     bias(q, w.q_bias);
     bias(k, w.k_bias);
@@ -205,7 +206,7 @@ struct Engine::State {
                   cache, index, attention_spans, q.data(), q.cols, mixed.data(), mixed.cols);
     watch(index, "attn_output", mixed);
     operand.set(mixed.data(), tokens, mixed.cols);
-    operand.multiply(pool, {{&w.attn_out, branch.data(), branch.cols}});
+    operand.multiply(pool, {{&w.attn_out, branch.data(), branch.cols}}, {&w.gate, &w.up});
     adapt(index, kInputGroups[1], mixed, {&branch});
     bias(branch, w.attn_out_bias);
     add_branch(w.attn_post_norm);
@@ -232,14 +233,21 @@ struct Engine::State {
   void feed_forward(size_t index, Rows& in) {
     const Layer& w = model.layers[index];
     watch(index, "ffn_gate", in);
-    operand.multiply(pool, {{&w.gate, gate.data(), gate.cols}, {&w.up, up.data(), up.cols}});
+    operand.multiply(pool, {{&w.gate, gate.data(), gate.cols}, {&w.up, up.data(), up.cols}},
+                     {&w.down});
     adapt(index, kInputGroups[2], in, {&gate, &up});
     operand.make(pool, hidden.data(), tokens, hidden.cols, w.down, [&](size_t row) {
       gate_rows(pool, model.config.activation, gate.row(row), gate.cols, up.row(row), up.cols, 1,
                 gate.cols, hidden.row(row), hidden.cols);
     });
     watch(index, "ffn_down", hidden);
-    operand.multiply(pool, {{&w.down, branch.data(), branch.cols}});
+    const LinearProduct down{&w.down, branch.data(), branch.cols};
+    if (index + 1 < model.layers.size()) {
+      const Layer& next = model.layers[index + 1];
+      operand.multiply(pool, {down}, {&next.q, &next.k, &next.v});
+    } else {
+      operand.multiply(pool, {down}, {&model.output()});
+    }
     adapt(index, kInputGroups[3], hidden, {&branch});
   }
 

@@ -12,6 +12,7 @@ void Operand::reserve(size_t m, size_t k) {
   few_rows_products_.reserve(4);
   f32_products_.reserve(4);
   bf16_products_.reserve(4);
+  next_.reserve(4);
 }
 
 void Operand::set(const float* x, size_t m, size_t k) {
@@ -21,8 +22,16 @@ void Operand::set(const float* x, size_t m, size_t k) {
   quantized_ready_ = bf16_ready_ = false;
 }
 
-void Operand::multiply(Pool& pool, std::initializer_list<LinearProduct> products) {
+void Operand::multiply(Pool& pool, std::initializer_list<LinearProduct> products,
+                       std::initializer_list<const Matrix*> next) {
   if (m_ == 0) return;
+  next_.clear();
+  for (const Matrix* w : next) {
+    if (const QuantMatrix* quantized = w->quantized())
+      next_.push_back(quantized->items());
+    else if (const DenseMatrix* dense = w->dense(); dense != nullptr && dense->type == DType::bf16)
+      next_.push_back(few_rows_items(dense->bf16(), dense->rows, dense->cols));
+  }
   quant_products_.clear();
   few_rows_products_.clear();
   f32_products_.clear();
@@ -45,14 +54,15 @@ void Operand::multiply(Pool& pool, std::initializer_list<LinearProduct> products
     }
   }
   if (!f32_products_.empty()) matmul_nt(pool, DenseView::f32(x_, m_, k_), f32_products_);
-  if (!few_rows_products_.empty()) multiply_few_rows(pool, bf16(pool), m_, k_, few_rows_products_);
+  if (!few_rows_products_.empty())
+    multiply_few_rows(pool, bf16(pool), m_, k_, few_rows_products_, next_);
   if (!bf16_products_.empty()) matmul_nt(pool, DenseView::bf16(bf16(pool), m_, k_), bf16_products_);
   if (quant_products_.empty()) return;
   if (!quantized_ready_) {
     quantize_rows(pool, x_, k_, m_, k_, quantized_);
     quantized_ready_ = true;
   }
-  matmul(pool, quantized_, quant_products_);
+  matmul(pool, quantized_, quant_products_, next_);
 }
 
 const uint16_t* Operand::bf16(Pool& pool) {

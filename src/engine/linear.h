@@ -47,8 +47,10 @@ class Operand {
       }
     });
   }
-  // All products of one operand in as few parallel phases as their forms allow.
-  void multiply(Pool& pool, std::initializer_list<LinearProduct> products);
+  // All products of one operand in as few parallel phases as their forms allow. `next`: weights of
+  // the phase after this one.
+  void multiply(Pool& pool, std::initializer_list<LinearProduct> products,
+                std::initializer_list<const Matrix*> next = {});
 
  private:
   const uint16_t* bf16(Pool& pool);  // the rows rounded, made when first asked for
@@ -61,6 +63,7 @@ class Operand {
   std::vector<QuantProduct> quant_products_;
   std::vector<FewRowsProduct> few_rows_products_;
   std::vector<DenseProduct> f32_products_, bf16_products_;
+  std::vector<WeightItems> next_;
 };
 
 }  // namespace moru

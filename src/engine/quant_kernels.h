@@ -101,6 +101,8 @@ struct Panels {
   size_t codes_at;  // where a panel's code records begin
   size_t units;     // 32-column units of a row
   size_t rows;      // rows to compute; the last panel may have fewer than 16
+  // No address from here on is prefetched: another thread reads it.
+  const uint8_t* until = nullptr;
 };
 
 // The largest code of an activation: the largest number whose two balanced digits fit int8.

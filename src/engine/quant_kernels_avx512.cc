@@ -423,8 +423,10 @@ void direct_tokens(const Panels& panels, const Tokens& tokens, const Target& y) 
 #pragma GCC unroll 1
       for (size_t u = 0; u < kUnits; ++u, unit += C::kUnitBytes, x += 8 * A::kQuadBytes) {
         constexpr size_t kShare = C::kUnitBytes + S::kBytes / kUnits;
-        for (size_t line = 0; line < kShare; line += 64)
-          _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T1);
+        if (ahead < panels.until) {
+          for (size_t line = 0; line < kShare; line += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T1);
+        }
         ahead += kShare;
         add_quads<C, A, 0>(unit, x, stride, dots);
         if constexpr (S::kBlock == 16) end(scale[2 * u], min[2 * u]);

@@ -1,6 +1,7 @@
 #include "engine/quant_matrix.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -31,14 +32,13 @@ namespace {
 // a time from the packed form, which costs unpacking each time but no round through memory.
 // Measured at 32 tokens, where packed is 10 % ahead with int16 and int8, AVX-512 and AVX2.
 constexpr size_t kStripeTokens = 64;
-// Tokens that share one unpacking: their codes, k = 1536, fill 1.5 MB of L3 beside the stripe in
-// L2.
-constexpr size_t kTokenBlock = 512;
+// Tokens that share one unpacking, which is one to two hundredths of the work at 256 of them. A
+// thread that takes a block of its own finds in its L2 the codes that it quantized and leaves there
+// what it will norm, gate or add next.
+constexpr size_t kLeastBlock = 128, kMostBlock = 512;
 // Weights that the direct kernel multiplies with all tokens, four at a time, before it goes on:
 // they stay in L2 meanwhile.
 constexpr size_t kDirectBytes = 64 << 10;
-// No piece of a thread's work is smaller than this many bytes of weights.
-constexpr size_t kLeastBytes = 16 << 10;
 
 const QuantKernels& kernels() {
   static const QuantKernels& chosen = quant_kernels(isa());
@@ -146,12 +146,12 @@ void quantize_rows(Pool& pool, const float* x, size_t ldx, size_t m, size_t k, Q
 
 // What products see of the two classes.
 struct QuantMatrixView {
-  static Panels panels(const QuantMatrix& w, size_t panel, size_t count) {
+  static Panels panels(const QuantMatrix& w, size_t panel, size_t count, size_t until) {
     const size_t rows = std::min(w.rows_ - panel * kPanelRows, count * kPanelRows);
-    return {w.panels_.get() + panel * w.panel_bytes_, w.panel_bytes_, w.codes_at_,
-            w.cols_ / kUnitCols, rows};
+    const uint8_t* data = w.panels_.get();
+    return {data + panel * w.panel_bytes_, w.panel_bytes_, w.codes_at_,
+            w.cols_ / kUnitCols,           rows,           data + until * w.panel_bytes_};
   }
-  static size_t panel_bytes(const QuantMatrix& w) { return w.panel_bytes_; }
 };
 struct QuantizedRowsView {
   static Tokens tokens(const QuantizedRows& x, size_t first, size_t count, size_t block) {
@@ -181,20 +181,17 @@ const PanelFormat& format_of(const QuantMatrix& w) {
 
 bool by_stripes(size_t m) { return m >= kStripeTokens; }
 
-// A product is a row of items: a panel times all tokens, or a stripe times a block of tokens.
 size_t stripes_of(const QuantMatrix& w) { return divide_up(w.rows(), kStripeRows); }
-size_t items_of(const QuantMatrix& w, size_t m) {
-  return by_stripes(m) ? stripes_of(w) * divide_up(m, kTokenBlock)
-                       : divide_up(w.rows(), kPanelRows);
-}
 
-void multiply_panels(const QuantizedRows& x, const QuantProduct& p, size_t begin, size_t end) {
+// Panels [begin, end) times all tokens; panel `until` is another thread's.
+void multiply_panels(const QuantizedRows& x, const QuantProduct& p, size_t begin, size_t end,
+                     size_t until) {
   const QuantMatrix& w = *p.w;
   const FormatKernels& format = kernels().formats[panel_format_index(w.type())];
   const DirectKernel direct = x.kind() == Activations::int8 ? format.direct8 : format.direct;
-  const size_t step = std::max<size_t>(1, kDirectBytes / QuantMatrixView::panel_bytes(w));
+  const size_t step = std::max<size_t>(1, kDirectBytes / w.items().item_bytes);
   for (size_t panel = begin; panel < end; panel += step) {
-    const Panels panels = QuantMatrixView::panels(w, panel, std::min(step, end - panel));
+    const Panels panels = QuantMatrixView::panels(w, panel, std::min(step, end - panel), until);
     for (size_t t = 0; t < x.rows(); t += kDirectTokens) {
       const size_t count = std::min(kDirectTokens, x.rows() - t);
       direct(panels, QuantizedRowsView::tokens(x, t, count, format_of(w).block),
@@ -203,12 +200,14 @@ void multiply_panels(const QuantizedRows& x, const QuantProduct& p, size_t begin
   }
 }
 
-void multiply_stripe(const QuantizedRows& x, const QuantProduct& p, size_t item) {
+// One stripe of 32 rows times tokens [t, t + most), fewer where x ends.
+void multiply_stripe(const QuantizedRows& x, const QuantProduct& p, size_t stripe_at, size_t t,
+                     size_t most) {
   const QuantMatrix& w = *p.w;
-  const size_t row = item % stripes_of(w) * kStripeRows, t = item / stripes_of(w) * kTokenBlock;
+  const size_t row = stripe_at * kStripeRows;
   const size_t rows = std::min(kStripeRows, w.rows() - row);
   const PanelFormat& format = format_of(w);
-  const Panels panels = QuantMatrixView::panels(w, row / kPanelRows, 2);
+  const Panels panels = QuantMatrixView::panels(w, row / kPanelRows, 2, 0);
   const Stripe stripe = scratch.stripe(w.cols(), kStripeRows);
   const bool narrow = x.kind() == Activations::int8;
   const FormatKernels& own = kernels().formats[panel_format_index(w.type())];
@@ -219,7 +218,7 @@ void multiply_stripe(const QuantizedRows& x, const QuantProduct& p, size_t item)
     unpack(panel, panel + panels.codes_at, panels.units,
            {stripe.codes + 2 * lane, stripe.scales + lane, stripe.mins + lane, stripe.lanes});
   }
-  const size_t count = std::min(kTokenBlock, x.rows() - t);
+  const size_t count = std::min(most, x.rows() - t);
   const auto& multiply = narrow ? kernels().stripe8 : kernels().stripe;
   multiply[format.block == 16][format.has_min](
       stripe, w.cols(), rows, QuantizedRowsView::tokens(x, t, count, format.block),
@@ -275,26 +274,35 @@ void QuantMatrix::unpack_rows(size_t first, size_t count, float* out) const {
   }
 }
 
-void matmul(Pool& pool, const QuantizedRows& x, std::span<const QuantProduct> products) {
+WeightItems QuantMatrix::items() const {
+  return {panels_.get(), divide_up(rows_, kPanelRows), panel_bytes_};
+}
+
+void matmul(Pool& pool, const QuantizedRows& x, std::span<const QuantProduct> products,
+            std::span<const WeightItems> next) {
   const size_t m = x.rows();
   if (m == 0) return;
-  size_t items = 0, least = 1;
-  for (const QuantProduct& p : products) {
-    MORU_CHECK(p.w->cols() == x.cols());
-    items += items_of(*p.w, m);
-    if (!by_stripes(m)) least = std::max(least, kLeastBytes / QuantMatrixView::panel_bytes(*p.w));
+  MORU_CHECK(products.size() <= kPhaseProducts);
+  size_t stripes = 0;
+  std::array<WeightItems, kPhaseProducts> items;
+  for (size_t i = 0; i < products.size(); ++i) {
+    MORU_CHECK(products[i].w->cols() == x.cols());
+    stripes += stripes_of(*products[i].w);
+    items[i] = products[i].w->items();
   }
-  each_piece(pool, items, least, [&](size_t begin, size_t end) {
-    size_t first = 0;  // of a product's items
-    for (const QuantProduct& p : products) {
-      const size_t next = first + items_of(*p.w, m);
-      const size_t from = std::max(begin, first), to = std::min(end, next);
-      if (from < to && !by_stripes(m)) {
-        multiply_panels(x, p, from - first, to - first);
-      } else {
-        for (size_t item = from; item < to; ++item) multiply_stripe(x, p, item - first);
-      }
-      first = next;
+  if (!by_stripes(m)) {
+    return each_weight_piece(pool, std::span(items).first(products.size()), next,
+                             [&](size_t product, size_t begin, size_t end, size_t until) {
+                               multiply_panels(x, products[product], begin, end, until);
+                             });
+  }
+  const size_t block = std::clamp(round_up(divide_up(m, pool.size()), 4), kLeastBlock, kMostBlock);
+  each_piece(pool, stripes * divide_up(m, block), 1, [&](size_t begin, size_t end) {
+    for (size_t item = begin; item < end; ++item) {
+      size_t stripe = item % stripes;
+      const QuantProduct* p = products.data();
+      for (; stripe >= stripes_of(*p->w); ++p) stripe -= stripes_of(*p->w);
+      multiply_stripe(x, *p, stripe, item / stripes * block, block);
     }
   });
 }

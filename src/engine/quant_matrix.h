@@ -19,6 +19,7 @@
 
 #include "base/memory.h"
 #include "base/threads.h"
+#include "engine/weight_pieces.h"
 #include "formats/dtype.h"
 
 namespace moru {
@@ -72,6 +73,7 @@ class QuantMatrix {
   size_t rows() const { return rows_; }
   size_t cols() const { return cols_; }
   size_t bytes() const { return bytes_; }  // of memory
+  WeightItems items() const;               // as products of few rows read them
 
   // out: [count, cols], the f32 values of rows [first, first + count), the same bits as
   // dequantize() of the tensor. For embeddings, and for the float profile's panels.
@@ -100,6 +102,8 @@ struct QuantProduct {
   size_t ldy;
   Store store = Store::set;
 };
-void matmul(Pool& pool, const QuantizedRows& x, std::span<const QuantProduct> products);
+// `next`: weights of the phase after this one, whose beginnings threads ask for while they wait.
+void matmul(Pool& pool, const QuantizedRows& x, std::span<const QuantProduct> products,
+            std::span<const WeightItems> next = {});
 
 }  // namespace moru

@@ -6,13 +6,14 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/pieces.h"
 #include "engine/float_kernels.h"
 
 namespace moru {
 namespace {
 
-// Elements per work item: 64 KB of f32, a few microseconds, so that a single row of a decode step
-// stays on the calling thread and waking the others pays.
+// Elements of the least piece of work: 64 KB of f32, a few microseconds, so that a single row of a
+// decode step stays on the calling thread and waking the others pays.
 constexpr size_t kItemElements = size_t{16} << 10;
 // Rows whose weight gradients are summed before they join the others.
 constexpr size_t kGradientRows = 64;
@@ -23,8 +24,7 @@ constexpr size_t kLogitColumns = 4096;
 template <typename Work>
 void each_rows(Pool& pool, size_t m, size_t n, Work&& work) {
   const size_t rows = std::max<size_t>(1, kItemElements / std::max<size_t>(1, n));
-  pool.each((m + rows - 1) / rows,
-            [&](size_t item) { work(item * rows, std::min(rows, m - item * rows)); });
+  each_piece(pool, m, rows, [&](size_t begin, size_t end) { work(begin, end - begin); });
 }
 
 // work(first, count) over [0, count).

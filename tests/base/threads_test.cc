@@ -2,8 +2,10 @@
 
 #include <doctest/doctest.h>
 
+#include <array>
 #include <atomic>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 using namespace moru;
@@ -40,5 +42,25 @@ TEST_CASE("phases of any length follow one another without a lost item") {
     const size_t count = round % 7;
     pool.each(count, [&](size_t i) { sum += i + 1; });
     REQUIRE(sum == count * (count + 1) / 2);
+  }
+}
+
+TEST_CASE("threads have numbers of their own, and wait with anything to read ahead") {
+  constexpr size_t kThreads = 4;
+  Pool pool(kThreads);
+  CHECK(Pool::thread() == 0);
+  CHECK(pool.shares().size() == kThreads);
+  const std::vector<char> memory(1 << 20);
+  for (int round = 0; round < 200; ++round) {
+    std::atomic<size_t> begun{0};
+    std::array<std::atomic<int>, kThreads> times{};
+    pool.each(kThreads, [&](size_t) {
+      ++begun;
+      while (begun != kThreads) std::this_thread::yield();
+      ++times[Pool::thread()];
+      // Also where nothing is: an address is asked for, never read.
+      Pool::read_ahead(round % 2 == 0 ? memory.data() : nullptr, memory.size());
+    });
+    for (const std::atomic<int>& n : times) CHECK(n == 1);
   }
 }
