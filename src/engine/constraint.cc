@@ -102,47 +102,65 @@ std::shared_ptr<const Language> LanguageCache::find(const ConstraintSource& sour
   return made;
 }
 
-Vocabulary::Vocabulary(const Tokenizer& tokenizer, size_t vocab)
-    : vocab_(vocab), words_((vocab + 63) / 64) {
-  plain_bits_.resize((kPlainCharacters + 1) * words_);
-  std::vector<std::pair<std::string, TokenId>> plain, others;
+Vocabulary::Vocabulary(const Tokenizer& tokenizer, size_t vocab) : vocab_(vocab) {
+  using Tokens = std::vector<std::pair<std::string, TokenId>>;
+  std::array<Tokens, kLayers> plain, others;
+  const size_t words = (vocab + 63) / 64;
+  for (Layer& layer : layers_) layer.plain_bits.resize((kPlainCharacters + 1) * words);
   const size_t count = std::min(vocab, tokenizer.vocab_size());
   for (size_t i = 0; i < count; ++i) {
     const auto id = static_cast<TokenId>(i);
     std::string bytes = tokenizer.bytes_of(id);
     if (bytes.empty() || bytes.size() > std::numeric_limits<uint16_t>::max()) continue;
-    longest_ = std::max(longest_, bytes.size());
+    size_t at = 0;
+    while (bytes.size() > kLayerBytes[at]) ++at;
+    Layer& layer = layers_[at];
+    layer.longest = std::max(layer.longest, bytes.size());
     const std::optional<size_t> length = plain_length(bytes);
     if (!length || *length > kPlainCharacters) {
-      others.emplace_back(std::move(bytes), id);
+      others[at].emplace_back(std::move(bytes), id);
       continue;
     }
     for (size_t n = *length; n <= kPlainCharacters; ++n)
-      set_bit(std::span(plain_bits_).subspan(n * words_, words_), id);
-    plain.emplace_back(std::move(bytes), id);
+      set_bit(std::span(layer.plain_bits).subspan(n * words, words), id);
+    plain[at].emplace_back(std::move(bytes), id);
   }
-  plain_ = make_tree(std::move(plain));
-  others_ = make_tree(std::move(others));
+  for (size_t at = 0; at < kLayers; ++at) {
+    layers_[at].plain = make_tree(std::move(plain[at]));
+    layers_[at].others = make_tree(std::move(others[at]));
+  }
 }
 
-std::span<const uint64_t> Vocabulary::plain_up_to(size_t characters) const {
-  return std::span(plain_bits_).subspan(std::min(characters, kPlainCharacters) * words_, words_);
+std::span<const uint64_t> Vocabulary::Layer::plain_up_to(size_t characters) const {
+  const size_t words = plain_bits.size() / (kPlainCharacters + 1);
+  return std::span(plain_bits).subspan(std::min(characters, kPlainCharacters) * words, words);
 }
 
 TokenMasks::TokenMasks(std::shared_ptr<const Language> language,
                        std::shared_ptr<const Vocabulary> vocabulary)
     : language_(std::move(language)),
       vocabulary_(std::move(vocabulary)),
-      automaton_(language_->program(), vocabulary_->longest()),
-      path_(vocabulary_->longest() + 1) {}
+      mask_((vocabulary_->vocab() + 63) / 64) {
+  size_t longest = 0;
+  for (const Vocabulary::Layer& layer : vocabulary_->layers())
+    longest = std::max(longest, layer.longest);
+  path_.resize(longest + 1);
+  make_layers();
+}
 
-void TokenMasks::add_tokens(const Vocabulary::Tree& tree, Automaton::State state,
-                            std::vector<uint64_t>& bits) {
+void TokenMasks::make_layers() {
+  layers_.clear();
+  for (const Vocabulary::Layer& layer : vocabulary_->layers())
+    layers_.push_back({.automaton = Automaton(language_->program(), layer.longest), .masks = {}});
+}
+
+void TokenMasks::add_tokens(const Vocabulary::Tree& tree, Automaton& automaton,
+                            Automaton::State state, std::vector<uint64_t>& bits) {
   path_[0] = state;
   const size_t end = tree.nodes.size() - 1;
   for (size_t i = 0; i < end;) {
     const Vocabulary::TreeNode& node = tree.nodes[i];
-    const Automaton::State reached = automaton_.next(path_[node.depth - 1], node.byte);
+    const Automaton::State reached = automaton.next(path_[node.depth - 1], node.byte);
     if (reached == Automaton::kDead) {
       i = node.after;
       continue;
@@ -153,27 +171,40 @@ void TokenMasks::add_tokens(const Vocabulary::Tree& tree, Automaton::State state
   }
 }
 
-std::span<const uint64_t> TokenMasks::mask(const Automaton& exact, Automaton::State state) {
-  const size_t words = (vocabulary_->vocab() + 63) / 64;
-  if (automaton_.states() > kMaxStates || masks_.size() * words * 8 > kMaxMaskBytes) {
-    masks_.clear();
-    automaton_ = Automaton(language_->program(), vocabulary_->longest());
-  }
-  const Automaton::State near = automaton_.import(exact, state);
-  const auto [found, is_new] = masks_.try_emplace(near);
+const std::vector<uint64_t>& TokenMasks::layer_mask(size_t layer, const Automaton& exact,
+                                                    Automaton::State state) {
+  const Vocabulary::Layer& tokens = vocabulary_->layers()[layer];
+  auto& [automaton, masks] = layers_[layer];
+  const Automaton::State near = automaton.import(exact, state);
+  const auto [found, is_new] = masks.try_emplace(near);
   std::vector<uint64_t>& bits = found->second;
   if (!is_new) return bits;
-  bits.resize(words);
-  const Automaton::PlainRoom room = automaton_.plain_room(near);
+  bits.resize(mask_.size());
+  const Automaton::PlainRoom room = automaton.plain_room(near);
   if (room.characters > 0) {
-    const auto plain = vocabulary_->plain_up_to(room.characters);
+    const auto plain = tokens.plain_up_to(room.characters);
     std::copy(plain.begin(), plain.end(), bits.begin());
   }
   // Plain tokens are known already where there is room for all, or for no more than there is.
-  if (room.characters < Vocabulary::kPlainCharacters && !room.exact)
-    add_tokens(vocabulary_->plain(), near, bits);
-  add_tokens(vocabulary_->others(), near, bits);
+  const size_t most = std::min(tokens.longest, Vocabulary::kPlainCharacters);
+  if (room.characters < most && !room.exact) add_tokens(tokens.plain, automaton, near, bits);
+  add_tokens(tokens.others, automaton, near, bits);
   return bits;
+}
+
+std::span<const uint64_t> TokenMasks::mask(const Automaton& exact, Automaton::State state) {
+  size_t states = 0, masks = 0;
+  for (const Layer& layer : layers_) {
+    states += layer.automaton.states();
+    masks += layer.masks.size();
+  }
+  if (states > kMaxStates || masks * mask_.size() * 8 > kMaxMaskBytes) make_layers();
+  for (size_t layer = 0; layer < layers_.size(); ++layer) {
+    const std::vector<uint64_t>& bits = layer_mask(layer, exact, state);
+    for (size_t word = 0; word < mask_.size(); ++word)
+      mask_[word] = layer == 0 ? bits[word] : mask_[word] | bits[word];
+  }
+  return mask_;
 }
 
 Constraint::Constraint(std::shared_ptr<TokenMasks> masks)

@@ -6,9 +6,11 @@
 //   TokenMasks  the two together: for each state of the language, the tokens that may come next
 //   Constraint  one answer's place in its language
 //
-// A mask is made when its state is first met and kept. The language is one of bytes, so tokens may
-// end inside a character.
+// A mask is made when its state is first met and kept: in layers, tokens of few bytes apart from
+// long ones, as few bytes do not tell "19 more letters" from "18 more". The language is one of
+// bytes, so tokens may end inside a character.
 #pragma once
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -66,7 +68,6 @@ class Vocabulary {
   explicit Vocabulary(const Tokenizer& tokenizer, size_t vocab);
 
   size_t vocab() const { return vocab_; }
-  size_t longest() const { return longest_; }  // bytes of a token
 
   // Tokens in the order of their bytes, as a tree in one array: a node's descendants follow it.
   struct TreeNode {
@@ -79,17 +80,23 @@ class Vocabulary {
     std::vector<TreeNode> nodes;  // and one at the end with `first` alone
     std::vector<TokenId> tokens;
   };
-  // Tokens of 1 to kPlainCharacters plain characters (grammar.h), and all others.
+  // Tokens of at most so many bytes that are of no layer before. Nearly all are short, and for
+  // short ones most places in a counted repeat are alike.
+  static constexpr size_t kLayers = 3;
+  static constexpr size_t kLayerBytes[kLayers] = {6, 12, SIZE_MAX};
   static constexpr size_t kPlainCharacters = 16;
-  const Tree& plain() const { return plain_; }
-  const Tree& others() const { return others_; }
-  // Bits of the plain tokens of at most so many characters.
-  std::span<const uint64_t> plain_up_to(size_t characters) const;
+  struct Layer {
+    size_t longest = 1;  // bytes of a token
+    Tree plain, others;  // of 1 to kPlainCharacters plain characters (grammar.h), and all others
+    // Bits of the plain tokens of at most so many characters.
+    std::span<const uint64_t> plain_up_to(size_t characters) const;
+    std::vector<uint64_t> plain_bits;  // [kPlainCharacters + 1, words]
+  };
+  std::span<const Layer> layers() const { return layers_; }
 
  private:
-  size_t vocab_, longest_ = 1, words_;
-  Tree plain_, others_;
-  std::vector<uint64_t> plain_bits_;  // [kPlainCharacters + 1, words]
+  size_t vocab_;
+  std::array<Layer, kLayers> layers_;
 };
 
 // One thread at a time.
@@ -104,13 +111,21 @@ class TokenMasks {
   std::span<const uint64_t> mask(const Automaton& exact, Automaton::State state);
 
  private:
-  void add_tokens(const Vocabulary::Tree& tree, Automaton::State state,
+  // The tokens of a layer, with the states that they can tell apart.
+  struct Layer {
+    Automaton automaton;  // looks as far ahead as the layer's longest token
+    std::unordered_map<Automaton::State, std::vector<uint64_t>> masks;
+  };
+  void make_layers();
+  const std::vector<uint64_t>& layer_mask(size_t layer, const Automaton& exact,
+                                          Automaton::State state);
+  void add_tokens(const Vocabulary::Tree& tree, Automaton& automaton, Automaton::State state,
                   std::vector<uint64_t>& bits);
 
   std::shared_ptr<const Language> language_;
   std::shared_ptr<const Vocabulary> vocabulary_;
-  Automaton automaton_;  // looks as far ahead as the longest token
-  std::unordered_map<Automaton::State, std::vector<uint64_t>> masks_;
+  std::vector<Layer> layers_;
+  std::vector<uint64_t> mask_;
   std::vector<Automaton::State> path_;
 };
 
