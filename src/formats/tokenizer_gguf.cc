@@ -71,15 +71,15 @@ void read_merges(const GgufMetadata& metadata, Tokenizer::Data& data) {
   std::string merged;
   for (size_t i = 0; i < merges.size(); ++i) {
     const std::string& merge = merges[i];
-    const std::string field = fmt::format("{}[{}]", key_of("merges"), i);
+    const auto field = [&] { return fmt::format("{}[{}]", key_of("merges"), i); };
     const size_t space = merge.find(' ', 1);
     if (merge.empty() || space == std::string::npos || space + 1 == merge.size())
-      data.refuse(field, fmt::format("\"{}\" is not two tokens with a space between", merge),
+      data.refuse(field(), fmt::format("\"{}\" is not two tokens with a space between", merge),
                   kConvertAgain);
     const auto find = [&](std::string_view piece) {
       const TokenId id = data.pieces.find(piece);
       if (id == kNoToken)
-        data.refuse(field, fmt::format("names \"{}\", which is not in the vocabulary", piece),
+        data.refuse(field(), fmt::format("names \"{}\", which is not in the vocabulary", piece),
                     kConvertAgain);
       return id;
     };
