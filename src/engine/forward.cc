@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "base/memory.h"
+#include "base/pieces.h"
 #include "engine/attention.h"
 #include "engine/linear.h"
 #include "engine/moe.h"
@@ -67,11 +68,16 @@ struct Engine::State {
   Operand operand;
   std::optional<ExpertsStep> experts;  // of models that have them
   std::vector<int32_t> positions;
+  std::vector<size_t> ids;
   std::vector<AttentionSpan> attention_spans;
   const Adapter* own_adapter;
   std::vector<AdapterSpan> adapter_spans;  // of the step; empty if none has an adapter
   std::vector<float> adapter_low;
-  size_t tokens = 0;
+  std::span<const StepSpan> spans;  // of the step
+  size_t tokens = 0;                // rows of x that are at work
+  bool narrowed = false;            // they are those that want logits
+  // The norm of a branch that has yet to join the stream; null: there is no such branch.
+  const Vector* pending = nullptr;
 
   State(Pool& the_pool, const Model& the_model, const EngineOptions& options)
       : pool(the_pool),
@@ -95,6 +101,7 @@ struct Engine::State {
     operand.reserve(step_tokens, std::max({c.width, c.q_width(), c.ffn_width}));
     if (c.experts.count != 0) experts.emplace(c, model.activations, step_tokens);
     positions.reserve(step_tokens);
+    ids.resize(step_tokens);
     attention_spans.reserve(step_tokens);
   }
 
@@ -111,31 +118,87 @@ struct Engine::State {
             to.row(first), to.cols, nullptr);
   }
   void norm_rows(Rows& from, const Vector& gain, Rows& to) { norm_rows(from, gain, to, 0, tokens); }
+
+  // work(row) for all rows; what a row is left as is in the cache of the thread that goes on with
+  // it. The work may call row operations for single rows.
+  template <typename Work>
+  void each_row(Work&& work) {
+    constexpr size_t kLeastRows = 4;  // a few microseconds' work
+    each_piece(pool, tokens, kLeastRows, [&](size_t begin, size_t end) {
+      for (size_t row = begin; row < end; ++row) work(row);
+    });
+  }
+
+  // x += residual_scale · branch, normed first where the family does: when the stream is next
+  // read, by the thread that reads the row.
+  void add_branch(const Vector& post_norm) { pending = &post_norm; }
+  void join_branch(size_t row) {
+    if (!pending->empty()) norm_rows(branch, *pending, branch, row, 1);
+    add_rows(pool, branch.row(row), branch.cols, 1, x.cols, model.config.residual_scale, x.row(row),
+             x.cols);
+  }
+  void join_branch() {
+    if (pending == nullptr) return;
+    each_row([&](size_t row) { join_branch(row); });
+    pending = nullptr;
+  }
+
   // What a sub-layer reads: the norm of the stream, or the stream itself where the layout norms
   // results alone. It becomes the operand of products with `w`.
   Rows& set_normed(const Vector& gain, const Matrix& w) {
     if (gain.empty()) {
+      join_branch();
       operand.set(x.data(), tokens, x.cols);
       return x;
     }
-    operand.make(pool, norm.data(), tokens, norm.cols, w,
-                 [&](size_t row) { norm_rows(x, gain, norm, row, 1); });
+    operand.make(pool, norm.data(), tokens, norm.cols, w, [&](size_t row) {
+      if (pending != nullptr) join_branch(row);
+      norm_rows(x, gain, norm, row, 1);
+    });
+    pending = nullptr;
     return norm;
   }
 
-  // Norm and rotation of queries or keys.
-  void place(Rows& rows, size_t heads, const Vector& gain, size_t layer) {
+  // Bias, norm and rotation of a row of queries or keys.
+  void place(Rows& rows, size_t row, size_t heads, const Vector& added, const Vector& gain,
+             size_t layer) {
     const Config& c = model.config;
-    const auto norm_heads = [&](size_t each, size_t size) {
-      rms_norm_rows(pool, rows.data(), size, tokens * each, size, gain.data(), c.norm_eps,
-                    rows.data(), size);
+    float* at = rows.row(row);
+    const auto norm_heads = [&](size_t count, size_t size) {
+      for (size_t h = 0; h < count; ++h)
+        rms_norm_rows(pool, at + h * size, size, 1, size, gain.data(), c.norm_eps, at + h * size,
+                      size);
     };
+    bias(rows, row, added);
     if (c.qk_norm == QkNorm::rms_before_rope) norm_heads(heads, c.head_dim);
     if (c.qk_norm == QkNorm::rms_whole_before_rope) norm_heads(1, rows.cols);
     if (c.rotates(layer))
-      rope_rows(pool, model.rope_of(layer).view(), positions, rows.data(), rows.cols, heads,
-                c.head_dim);
+      rope_rows(pool, model.rope_of(layer).view(), std::span(positions).subspan(row, 1), at,
+                rows.cols, heads, c.head_dim);
     if (c.qk_norm == QkNorm::rms_after_rope) norm_heads(heads, c.head_dim);
+  }
+  void bias(Rows& rows, size_t row, const Vector& values) {
+    if (!values.empty()) add_bias_rows(pool, rows.row(row), rows.cols, 1, rows.cols, values.data());
+  }
+  // Queries and keys get their places, keys and values go to the cache.
+  void place_all(size_t index) {
+    const Layer& w = model.layers[index];
+    const Config& c = model.config;
+    constexpr size_t kLeastRows = 16;  // keys are written so many at a time
+    each_piece(pool, tokens, kLeastRows, [&](size_t begin, size_t end) {
+      for (size_t row = begin; row < end; ++row) {
+        place(q, row, c.heads, w.q_bias, w.q_norm, index);
+        place(k, row, c.kv_heads, w.k_bias, w.k_norm, index);
+        bias(v, row, w.v_bias);
+      }
+      for (const AttentionSpan& span : attention_spans) {
+        const size_t from = std::max(begin, span.first_row);
+        const size_t to = std::min(end, span.first_row + span.tokens);
+        if (from < to)
+          cache.write(*span.sequence, index, span.first_position + from - span.first_row, to - from,
+                      k.row(from), v.row(from), k.cols);
+      }
+    });
   }
 
   // What adapters add to the products of `in`; targets in the group's order.
@@ -149,7 +212,7 @@ struct Engine::State {
   }
 
   // Rows of the spans by adapter.
-  void plan_adapters(std::span<const StepSpan> spans) {
+  void plan_adapters() {
     adapter_spans.clear();
     size_t first = 0;
     bool any = false;
@@ -166,15 +229,28 @@ struct Engine::State {
   }
 
   void bias(Rows& rows, const Vector& values) {
-    if (!values.empty())
-      add_bias_rows(pool, rows.data(), rows.cols, tokens, rows.cols, values.data());
+    if (!values.empty()) each_row([&](size_t row) { bias(rows, row, values); });
   }
 
-  // x += residual_scale · branch, normed first where the family does.
-  void add_branch(const Vector& post_norm) {
-    if (!post_norm.empty()) norm_rows(branch, post_norm, branch);
-    add_rows(pool, branch.data(), branch.cols, tokens, x.cols, model.config.residual_scale,
-             x.data(), x.cols);
+  // Rows that want logits move to the front; the others have left their keys and values and are
+  // done.
+  void narrow() {
+    narrowed = true;
+    attention_spans.clear();
+    size_t kept = 0, row = 0;
+    for (const StepSpan& span : spans) {
+      const size_t count = span.tokens.size(), from = std::min(span.logits_from, count);
+      if (from < count)
+        attention_spans.push_back(
+            {kept, count - from, span.sequence->tokens() + from, span.sequence});
+      for (size_t i = from; i < count; ++i, ++kept) {
+        if (row + i == kept) continue;
+        for (Rows* rows : {&x, &q, &norm})
+          std::copy_n(rows->row(row + i), rows->cols, rows->row(kept));
+      }
+      row += count;
+    }
+    tokens = kept;
   }
 
   void forward_layer(size_t index) {
@@ -187,14 +263,12 @@ struct Engine::State {
                      {{&w.q, q.data(), q.cols}, {&w.k, k.data(), k.cols}, {&w.v, v.data(), v.cols}},
                      {&w.attn_out});
     adapt(index, kInputGroups[0], attn_in, {&q, &k, &v});
-    bias(q, w.q_bias);
-    bias(k, w.k_bias);
-    bias(v, w.v_bias);
-    place(q, c.heads, w.q_norm, index);
-    place(k, c.kv_heads, w.k_norm, index);
-    for (const AttentionSpan& span : attention_spans)
-      cache.write(*span.sequence, index, span.first_position, span.tokens, k.row(span.first_row),
-                  v.row(span.first_row), k.cols);
+    place_all(index);
+    // Watchers see all rows; spans of adapters are of all.
+    if (index + 1 == model.layers.size() && !watcher && adapter_spans.empty()) {
+      narrow();
+      if (tokens == 0) return;
+    }
     attend_cached(pool,
                   {.heads = c.heads,
                    .kv_heads = c.kv_heads,
@@ -213,6 +287,7 @@ struct Engine::State {
 
     // In a parallel layout `norm` still holds what attention read.
     const bool parallel = c.norm_layout == NormLayout::parallel;
+    if (parallel || !w.experts.empty()) join_branch();
     if (w.experts.empty()) {
       if (parallel) operand.set(norm.data(), tokens, norm.cols);
       feed_forward(index, parallel ? norm : set_normed(w.ffn_norm, w.gate));
@@ -251,16 +326,11 @@ struct Engine::State {
     adapt(index, kInputGroups[3], hidden, {&branch});
   }
 
-  // Rows that want logits move to the front of x, are normed and meet the head a few at a time.
-  void visit_logits(std::span<const StepSpan> spans, const LogitsVisitor& visit) {
+  // Rows that want logits are normed and meet the head a few at a time.
+  void visit_logits(const LogitsVisitor& visit) {
     const Config& c = model.config;
-    size_t wanted = 0, row = 0;
-    for (const StepSpan& span : spans) {
-      for (size_t i = 0; i < span.tokens.size(); ++i, ++row)
-        if (i >= span.logits_from) std::copy_n(x.row(row), x.cols, x.row(wanted++));
-    }
-    if (wanted == 0) return;
-    tokens = wanted;
+    if (tokens == 0) return;
+    const size_t wanted = tokens;
     norm_rows(x, model.final_norm, norm);
     if (watcher) watcher("output.weight", norm.data(), wanted, norm.cols);
     for (size_t first = 0; first < wanted; first += kLogitRows) {
@@ -275,9 +345,12 @@ struct Engine::State {
     }
   }
 
-  void step(std::span<const StepSpan> spans, const LogitsVisitor& visit) {
+  void step(std::span<const StepSpan> the_spans, const LogitsVisitor& visit) {
     const Config& c = model.config;
+    spans = the_spans;
     tokens = 0;
+    narrowed = false;
+    pending = nullptr;
     positions.clear();
     attention_spans.clear();
     size_t pages = 0;
@@ -292,7 +365,7 @@ struct Engine::State {
       pages += cache.pages_for(*span.sequence, span.tokens.size());
     }
     MORU_CHECK(tokens <= step_tokens);
-    plan_adapters(spans);
+    plan_adapters();
     if (pages > cache.free_pages())
       throw Error(ErrorKind::no_space, {.where = "KV cache",
                                         .what = "has no room for the step",
@@ -302,15 +375,19 @@ struct Engine::State {
       MORU_CHECK(cache.reserve(*span.sequence, span.tokens.size()));
       for (const TokenId id : span.tokens) {
         MORU_CHECK(id >= 0 && static_cast<size_t>(id) < c.vocab);
-        model.embedding.read_rows(static_cast<size_t>(id), 1, x.row(row));
-        if (c.embedding_scale != 1)
-          for (size_t i = 0; i < x.cols; ++i) x.row(row)[i] *= c.embedding_scale;
-        ++row;
+        ids[row++] = static_cast<size_t>(id);
       }
     }
+    each_row([&](size_t at) {
+      model.embedding.read_rows(ids[at], 1, x.row(at));
+      if (c.embedding_scale != 1)
+        for (size_t i = 0; i < x.cols; ++i) x.row(at)[i] *= c.embedding_scale;
+    });
     for (size_t i = 0; i < c.layers; ++i) forward_layer(i);
+    join_branch();
+    if (!narrowed) narrow();
     for (const StepSpan& span : spans) cache.advance(*span.sequence, span.tokens.size());
-    visit_logits(spans, visit);
+    visit_logits(visit);
   }
 };
 
