@@ -9,7 +9,11 @@
 #include <mutex>
 #include <shared_mutex>
 
+#include "base/cpu.h"
 #include "base/error.h"
+#include "base/memory.h"
+#include "engine/bf16_product.h"
+#include "engine/float_kernels.h"
 
 // oneDNN's own parallelism is OpenMP; each of our threads tells it to stay alone.
 extern "C" void omp_set_num_threads(int);
@@ -19,13 +23,14 @@ namespace {
 
 using dnnl::memory;
 
-// The grid: tiles of the output that one call computes, about equal ones. They follow from the
+// oneDNN's grid: tiles of the output that one call computes, about equal ones. They follow from the
 // shape, never from the pool. 512 rows amortise the packing of the weights inside a call; 192
 // columns of them stay in L2.
 constexpr size_t kTileRows = 512;
 constexpr size_t kTileCols = 192;
 // Fewer tiles than this are halved: two threads must not wait for the third of three.
 constexpr size_t kFewTiles = 12;
+constexpr size_t kFewOwnTiles = 8;
 // Rows of a tile where several products share a phase.
 constexpr size_t kSharedTileRows = 256;
 
@@ -134,62 +139,156 @@ struct Operand {
 };
 
 size_t divide_up(size_t n, size_t by) { return (n + by - 1) / by; }
-// The size of equal parts of n, none above `most`, of whole vectors.
-size_t part_of(size_t n, size_t most) {
-  constexpr size_t kLanes = 16;
-  return divide_up(divide_up(n, divide_up(n, most)), kLanes) * kLanes;
+// The size of equal parts of n, none above `most`, of whole `unit`s.
+size_t part_of(size_t n, size_t most, size_t unit) {
+  return divide_up(divide_up(n, divide_up(n, most)), unit) * unit;
 }
 
-// y [m, n] = a [m, k] · b [k, n], as tiles of at most `most_rows` rows.
-struct Grid {
+static_assert(kDenseTerms == kBf16Terms);
+struct Term {
   Operand a, b;
-  size_t m, n, k;
-  DenseTarget y;
-  size_t tile_rows, tile_cols;
-
-  Grid(const Operand& a_, const Operand& b_, size_t m_, size_t n_, size_t k_, const DenseTarget& y_,
-       size_t most_rows)
-      : a(a_),
-        b(b_),
-        m(m_),
-        n(n_),
-        k(k_),
-        y(y_),
-        tile_rows(part_of(m, most_rows)),
-        tile_cols(part_of(n, kTileCols)) {
-    for (; tiles() < kFewTiles && tile_rows > 64; tile_rows = part_of(m, tile_rows / 2)) {
-    }
-  }
-  size_t row_tiles() const { return divide_up(m, tile_rows); }
-  size_t tiles() const { return row_tiles() * divide_up(n, tile_cols); }
-  void check() const {
-    MORU_CHECK(a.type == b.type);
-    MORU_CHECK(!y.accumulate || (y.type == DType::f32 && y.scale == 1));
-  }
-  void run(size_t tile) const {
-    // Neighbouring items share the weights' stripe, which stays in the cache.
-    const size_t row = tile % row_tiles() * tile_rows, col = tile / row_tiles() * tile_cols;
-    const Shape shape{.in = a.type,
-                      .out = y.type,
-                      .m = std::min(tile_rows, m - row),
-                      .n = std::min(tile_cols, n - col),
-                      .k = k,
-                      .src = {a.row_stride, a.col_stride},
-                      .weights = {b.row_stride, b.col_stride},
-                      .dst = y.ld,
-                      .accumulate = y.accumulate,
-                      .scale = y.scale};
-    run_tile(shape, a.at(row, 0), b.at(0, col),
-             static_cast<std::byte*>(y.data) + (row * y.ld + col) * size_of(y.type));
+  size_t k;
+};
+struct Terms {
+  std::array<Term, kDenseTerms> all;
+  size_t count = 0;
+  void add(const Operand& a, const Operand& b, size_t k) {
+    MORU_CHECK(count < all.size());
+    MORU_CHECK(a.type == b.type && (count == 0 || a.type == all[0].a.type));
+    all[count++] = {a, b, k};
   }
 };
+
+// y [m, n] = Σ a [m, k] · b [k, n], or y [n, m] its transpose, as tiles.
+class Grid {
+ public:
+  // `most_rows`: of oneDNN's tiles.
+  Grid(const Terms& terms, size_t m, size_t n, const DenseTarget& y, size_t most_rows,
+       bool transposed = false)
+      : terms_(terms),
+        m_(m),
+        n_(n),
+        y_(y),
+        transposed_(transposed),
+        own_(terms.all[0].a.type == DType::bf16 && isa() == Isa::avx512) {
+    MORU_CHECK(!y.accumulate || (y.type == DType::f32 && y.scale == 1));
+    MORU_CHECK(!transposed || own_);
+    if (own_)
+      lay_out_own();
+    else
+      lay_out(most_rows);
+  }
+  size_t tiles() const { return row_tiles() * divide_up(n_, tile_cols_); }
+  void run(size_t tile) const {
+    // Neighbouring items share the weights' stripe, which stays in the cache.
+    const size_t row = tile % row_tiles() * tile_rows_, col = tile / row_tiles() * tile_cols_;
+    const size_t m = std::min(tile_rows_, m_ - row), n = std::min(tile_cols_, n_ - col);
+    void* y = static_cast<std::byte*>(y_.data) +
+              (transposed_ ? col * y_.ld + row : row * y_.ld + col) * size_of(y_.type);
+    if (own_)
+      run_own(row, col, m, n, y);
+    else
+      run_onednn(row, col, m, n, y);
+  }
+
+ private:
+  void lay_out(size_t most_rows) {
+    constexpr size_t kUnit = 16;
+    tile_rows_ = part_of(m_, most_rows, kUnit);
+    tile_cols_ = part_of(n_, kTileCols, kUnit);
+    for (; tiles() < kFewTiles && tile_rows_ > 64;
+         tile_rows_ = part_of(m_, tile_rows_ / 2, kUnit)) {
+    }
+  }
+  // Packing a stripe of b costs a tile as much as four to ten of its rows, and its rows of a as
+  // much again where they are packed too.
+  void lay_out_own() {
+    const bool packs_rows = terms_.all[0].a.col_stride != 1;
+    const size_t unit = packs_rows ? kBf16Panel : kBf16Rows;
+    const size_t most_cols = packs_rows ? kBf16TileCols : 96;
+    tile_cols_ = part_of(n_, most_cols, 2 * kBf16Lanes);
+    tile_rows_ = part_of(m_, packs_rows ? 384 : kBf16TileCells / 96, unit);
+    while (tiles() < kFewOwnTiles) {
+      if (tile_rows_ > 264)
+        tile_rows_ = part_of(m_, tile_rows_ / 2, unit);
+      else if (tile_cols_ > 64)
+        tile_cols_ = part_of(n_, tile_cols_ / 2, 2 * kBf16Lanes);
+      else if (tile_rows_ > 96)
+        tile_rows_ = part_of(m_, tile_rows_ / 2, unit);
+      else
+        break;
+    }
+  }
+  size_t row_tiles() const { return divide_up(m_, tile_rows_); }
+
+  void run_own(size_t row, size_t col, size_t m, size_t n, void* y) const {
+    thread_local PageBuffer workspace(kBf16WorkspaceBytes);
+    std::array<Bf16Term, kBf16Terms> terms;
+    for (size_t i = 0; i < terms_.count; ++i) {
+      const Term& t = terms_.all[i];
+      terms[i] = {.a = static_cast<const uint16_t*>(t.a.at(row, 0)),
+                  .a_row = t.a.row_stride,
+                  .a_step = t.a.col_stride,
+                  .b = static_cast<const uint16_t*>(t.b.at(0, col)),
+                  .b_col = t.b.col_stride,
+                  .b_step = t.b.row_stride,
+                  .k = t.k};
+    }
+    bf16_tile_avx512({.terms = terms.data(),
+                      .term_count = terms_.count,
+                      .m = m,
+                      .n = n,
+                      .y = y,
+                      .ldy = y_.ld,
+                      .bf16 = y_.type == DType::bf16,
+                      .accumulate = y_.accumulate,
+                      .transposed = transposed_,
+                      .scale = y_.scale,
+                      .workspace = workspace.data()});
+  }
+
+  void run_onednn(size_t row, size_t col, size_t m, size_t n, void* y) const {
+    // A sum that ends in bf16 is made in f32 beside it; scales apply to each term.
+    thread_local std::vector<float> sums;
+    const bool aside = terms_.count > 1 && y_.type == DType::bf16;
+    if (aside) sums.resize(m * n);
+    for (size_t i = 0; i < terms_.count; ++i) {
+      const Term& t = terms_.all[i];
+      MORU_CHECK(i == 0 || y_.scale == 1);
+      const Shape shape{.in = t.a.type,
+                        .out = aside ? DType::f32 : y_.type,
+                        .m = m,
+                        .n = n,
+                        .k = t.k,
+                        .src = {t.a.row_stride, t.a.col_stride},
+                        .weights = {t.b.row_stride, t.b.col_stride},
+                        .dst = aside ? n : y_.ld,
+                        .accumulate = y_.accumulate || i > 0,
+                        .scale = y_.scale};
+      run_tile(shape, t.a.at(row, 0), t.b.at(0, col), aside ? sums.data() : y);
+    }
+    if (!aside) return;
+    for (size_t r = 0; r < m; ++r)
+      float_kernels().round_to_bf16(&sums[r * n], n, static_cast<uint16_t*>(y) + r * y_.ld);
+  }
+
+  Terms terms_;
+  size_t m_, n_;
+  DenseTarget y_;
+  bool transposed_, own_;
+  size_t tile_rows_ = 0, tile_cols_ = 0;
+};
+
+void run_grid(Pool& pool, const Grid& grid) {
+  pool.each(grid.tiles(), [&](size_t tile) { grid.run(tile); });
+}
 
 void multiply(Pool& pool, const Operand& a, const Operand& b, size_t m, size_t n, size_t k,
               const DenseTarget& y) {
   if (m == 0 || n == 0) return;
-  const Grid grid(a, b, m, n, k, y, kTileRows);
-  grid.check();
-  pool.each(grid.tiles(), [&](size_t tile) { grid.run(tile); });
+  Terms terms;
+  terms.add(a, b, k);
+  run_grid(pool, Grid(terms, m, n, y, kTileRows));
 }
 
 Operand plain(const DenseView& view) { return {view.data, view.type, view.ld, 1}; }
@@ -205,14 +304,13 @@ void matmul_nt(Pool& pool, const DenseView& x, const DenseView& w, const DenseTa
 void matmul_nt(Pool& pool, const DenseView& x, std::span<const DenseProduct> products) {
   if (x.rows == 0) return;
   const auto grid_of = [&](const DenseProduct& p) {
-    return Grid(plain(x), transposed(p.w), x.rows, p.w.rows, x.cols, p.y, kSharedTileRows);
+    MORU_CHECK(x.cols == p.w.cols);
+    Terms terms;
+    terms.add(plain(x), transposed(p.w), x.cols);
+    return Grid(terms, x.rows, p.w.rows, p.y, kSharedTileRows);
   };
   size_t tiles = 0;
-  for (const DenseProduct& p : products) {
-    MORU_CHECK(x.cols == p.w.cols);
-    grid_of(p).check();
-    tiles += grid_of(p).tiles();
-  }
+  for (const DenseProduct& p : products) tiles += grid_of(p).tiles();
   pool.each(tiles, [&](size_t tile) {
     for (const DenseProduct& p : products) {
       const Grid grid = grid_of(p);
@@ -229,7 +327,39 @@ void matmul_nn(Pool& pool, const DenseView& x, const DenseView& w, const DenseTa
 
 void matmul_tn(Pool& pool, const DenseView& a, const DenseView& x, const DenseTarget& y) {
   MORU_CHECK(a.rows == x.rows);
+  // Twelve rows at a time: of two sides the narrow one should be rows, which are packed for every
+  // tile.
+  constexpr size_t kNarrow = 64;
+  if (y.type == DType::f32 && a.type == DType::bf16 && isa() == Isa::avx512 && x.cols <= kNarrow &&
+      a.cols > x.cols && x.cols != 0) {
+    Terms terms;
+    terms.add(transposed(x), plain(a), a.rows);
+    run_grid(pool, Grid(terms, x.cols, a.cols, y, kTileRows, true));
+    return;
+  }
   multiply(pool, transposed(a), plain(x), a.cols, x.cols, a.rows, y);
+}
+
+void matmul_nt(Pool& pool, std::span<const DenseTerm> sum, const DenseTarget& y) {
+  MORU_CHECK(!sum.empty());
+  Terms terms;
+  for (const auto& [x, w] : sum) {
+    MORU_CHECK(x.cols == w.cols && x.rows == sum[0].x.rows && w.rows == sum[0].w.rows);
+    terms.add(plain(x), transposed(w), x.cols);
+  }
+  if (sum[0].x.rows == 0 || sum[0].w.rows == 0) return;
+  run_grid(pool, Grid(terms, sum[0].x.rows, sum[0].w.rows, y, kTileRows));
+}
+
+void matmul_nn(Pool& pool, std::span<const DenseTerm> sum, const DenseTarget& y) {
+  MORU_CHECK(!sum.empty());
+  Terms terms;
+  for (const auto& [x, w] : sum) {
+    MORU_CHECK(x.cols == w.rows && x.rows == sum[0].x.rows && w.cols == sum[0].w.cols);
+    terms.add(plain(x), plain(w), x.cols);
+  }
+  if (sum[0].x.rows == 0 || sum[0].w.cols == 0) return;
+  run_grid(pool, Grid(terms, sum[0].x.rows, sum[0].w.cols, y, kTileRows));
 }
 
 }  // namespace moru

@@ -1,8 +1,9 @@
-// Products of dense float matrices, by oneDNN: training, BF16/F16/F32 models, calibration.
+// Products of dense float matrices: training, BF16/F16/F32 models, calibration. bf16 by kernels of
+// our own where the processor multiplies it (bf16_product.h), everything else by oneDNN.
 //
-// The output is cut into a fixed grid of stripes that the pool's threads compute one at a time,
-// each with a single-threaded call, so results do not depend on the number of threads. Products
-// accumulate in f32. Only dense.cc speaks to oneDNN.
+// The output is cut into a fixed grid of tiles that the pool's threads compute one at a time, so
+// results do not depend on the number of threads. Products accumulate in f32. Only dense.cc speaks
+// to oneDNN.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -36,8 +37,8 @@ struct DenseTarget {
   float scale = 1;  // of the product; 1 where it is added: oneDNN has no fast way to do both
 };
 
+// All operands of one call have the same type.
 // y [m, n] = x [m, k] · w [n, k]ᵀ       a linear layer forward
-// x and w have the same type.
 void matmul_nt(Pool& pool, const DenseView& x, const DenseView& w, const DenseTarget& y);
 // Several products of the same activations in one parallel phase, on a finer grid, for steps of
 // inference: q, k and v of a small model are few tiles, and a phase ends with its last one.
@@ -49,7 +50,17 @@ void matmul_nt(Pool& pool, const DenseView& x, std::span<const DenseProduct> pro
 // y [m, k] = x [m, n] · w [n, k]        its input gradient: x = dY, y = dX
 void matmul_nn(Pool& pool, const DenseView& x, const DenseView& w, const DenseTarget& y);
 // y [n, k] = a [m, n]ᵀ · x [m, k]       a weight gradient: a = dY
-// The sum over m is one call per stripe of y, in oneDNN's order: fixed for a shape.
+// The sum over m is one call per tile of y: its order is fixed for a shape.
 void matmul_tn(Pool& pool, const DenseView& a, const DenseView& x, const DenseTarget& y);
+
+// Sums of up to kDenseTerms products, which pass through y once:
+//   nt: y [m, n] = Σ x [m, k] · w [n, k]ᵀ     nn: y [m, n] = Σ x [m, k] · w [k, n]
+// Each term has its own k.
+inline constexpr size_t kDenseTerms = 4;
+struct DenseTerm {
+  DenseView x, w;
+};
+void matmul_nt(Pool& pool, std::span<const DenseTerm> terms, const DenseTarget& y);
+void matmul_nn(Pool& pool, std::span<const DenseTerm> terms, const DenseTarget& y);
 
 }  // namespace moru

@@ -186,9 +186,9 @@ bool LoraTraining::State::adapts(size_t layer, InputGroup group) const {
 
 DenseView LoraTraining::State::dense(const Matrix& matrix, size_t first, size_t rows) {
   const size_t cols = matrix.cols(), size = type == DType::bf16 ? 2 : 4;
-  if (const DenseMatrix* d = matrix.dense(); d != nullptr && d->type == type)
-    return {type, static_cast<const std::byte*>(d->data.data()) + first * cols * size, rows, cols,
-            cols};
+  if (!unpacks(matrix))
+    return {type, static_cast<const std::byte*>(matrix.dense()->data.data()) + first * cols * size,
+            rows, cols, cols};
   pool->each((rows + kUnpackTile - 1) / kUnpackTile, [&](size_t tile) {
     static thread_local std::vector<float> floats;
     const size_t at = tile * kUnpackTile, count = std::min(kUnpackTile, rows - at);
@@ -297,9 +297,6 @@ void LoraTraining::State::lay_out(Arena& arena) {
   }
   // Room for whatever has to be unpacked, were it only because it is stored in another precision.
   size_t most = 0;
-  const auto unpacks = [&](const Matrix& m) {
-    return m.dense() == nullptr || m.dense()->type != type;
-  };
   for (const Layer& layer : model->layers)
     for (size_t p = 0; p < kProjections; ++p) {
       const Matrix& m = matrix_of(layer, static_cast<Projection>(p));

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "base/error.h"
@@ -42,14 +43,23 @@ void backward_group(LoraTraining::State& s, size_t layer, size_t group, const Ro
     matmul_tn(*s.pool, du.view(t, column), x.view(t, first.in),
               {DType::f32, s.gradients + first.a, first.in, true, 1});
   if (dx == nullptr) return;
+  // One sum, unless weights have to be unpacked, each into the place of the one before it.
+  std::array<DenseTerm, kDenseTerms> terms;
+  size_t count = 0;
   bool accumulate = false;
+  const auto add_up = [&] {
+    if (count != 0)
+      matmul_nn(*s.pool, std::span(terms.data(), count), {DType::f32, dx, first.in, accumulate, 1});
+    accumulate = true;
+    count = 0;
+  };
   for (const OutputGradient& dy : outputs) {
     const Matrix& w = matrix_of(s.model->layers[layer], dy.projection);
-    matmul_nn(*s.pool, dy.rows.view(t, w.rows()), s.dense(w),
-              {DType::f32, dx, first.in, accumulate, 1});
-    accumulate = true;
+    if (s.unpacks(w) && count != 0) add_up();
+    terms[count++] = {dy.rows.view(t, w.rows()), s.dense(w)};
   }
-  if (column != 0) matmul_nn(*s.pool, du.view(t, column), a, {DType::f32, dx, first.in, true, 1});
+  if (column != 0) terms[count++] = {du.view(t, column), a};
+  add_up();
 }
 
 // The gradient by a bias: sums over tokens, in their order.

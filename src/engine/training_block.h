@@ -155,6 +155,10 @@ struct LoraTraining::State {
   // Where the gradient of a weight goes that is learnt whole; null for the others.
   float* gradient_of(const Matrix& matrix) const { return gradient_at(&matrix); }
   float* gradient_of(const Vector& vector) const { return gradient_at(&vector); }
+  // Whether a weight is stored otherwise than in the core's precision.
+  bool unpacks(const Matrix& matrix) const {
+    return matrix.dense() == nullptr || matrix.dense()->type != type;
+  }
   // Rows [first, first + rows) of a weight in the core's precision; where they are stored
   // otherwise, unpacked until the next call.
   DenseView dense(const Matrix& matrix, size_t first, size_t rows);

@@ -28,20 +28,25 @@ void shrink(LoraTraining::State& s, size_t layer, size_t group, const Rows& x, c
   }
 }
 
-// y (+)= x · Wᵀ + u · Bᵀ, y f32, times DoRA's factors. u begins with the projection's own columns.
+// y (+)= x · Wᵀ + u · Bᵀ. u begins with the projection's own columns.
 void project(LoraTraining::State& s, size_t layer, Projection projection, const Rows& x,
-             const Rows& u, size_t u_column, float* y, size_t ldy, bool accumulate = false) {
+             const Rows& u, size_t u_column, const DenseTarget& y) {
   const LoraPair& pair = s.lora->layers[layer][static_cast<size_t>(projection)];
   const Matrix& w = matrix_of(s.model->layers[layer], projection);
-  matmul_nt(*s.pool, x.view(s.tokens, pair.in), s.dense(w), {DType::f32, y, ldy, accumulate, 1});
-  if (pair.rank != 0)
-    matmul_nt(*s.pool, u.view(s.tokens, pair.rank, u_column), s.b(pair),
-              {DType::f32, y, ldy, true, 1});
-  scale_output(s, layer, projection, y, ldy);
+  const DenseTerm terms[] = {{x.view(s.tokens, pair.in), s.dense(w)},
+                             {u.view(s.tokens, pair.rank, u_column), s.b(pair)}};
+  matmul_nt(*s.pool, std::span(terms, pair.rank == 0 ? 1 : 2), y);
 }
-
-void add_bias(Pool& pool, const Vector& bias, size_t rows, float* y) {
-  if (!bias.empty()) add_bias_rows(pool, y, bias.size(), rows, bias.size(), bias.data());
+// Into `to`, by way of f32 in `wide` where a bias or DoRA's factors follow.
+void project_rows(LoraTraining::State& s, size_t layer, Projection projection, const Rows& x,
+                  const Rows& u, size_t u_column, const Vector& bias, float* wide, const Rows& to) {
+  if (bias.empty() && !s.is_dora(layer, projection))
+    return project(s, layer, projection, x, u, u_column, to.target());
+  const size_t out = s.pair(layer, projection).out;
+  project(s, layer, projection, x, u, u_column, {DType::f32, wide, out, false, 1});
+  scale_output(s, layer, projection, wide, out);
+  if (!bias.empty()) add_bias_rows(*s.pool, wide, out, s.tokens, out, bias.data());
+  store(*s.pool, wide, s.tokens * out, to);
 }
 
 // x_next = x + residual_scale · (sub, or norm(sub) in a sandwich), sub = input · Wᵀ (+ bias).
@@ -59,12 +64,13 @@ void add_sub_layer(LoraTraining::State& s, size_t layer, const SubLayer& part, c
   if (x_next != x) copy_floats(*s.pool, x, t * d, x_next);
   const bool dora = s.is_dora(layer, part.projection);
   if (part.post_norm.empty() && part.bias.empty() && c.residual_scale == 1 && !dora) {
-    project(s, layer, part.projection, input, part.u, 0, x_next, d, true);
+    project(s, layer, part.projection, input, part.u, 0, {DType::f32, x_next, d, true, 1});
     return;
   }
   float* sub = s.scratch.sub;
-  project(s, layer, part.projection, input, part.u, 0, sub, d);
-  add_bias(*s.pool, part.bias, t, sub);
+  project(s, layer, part.projection, input, part.u, 0, {DType::f32, sub, d, false, 1});
+  scale_output(s, layer, part.projection, sub, d);
+  if (!part.bias.empty()) add_bias_rows(*s.pool, sub, d, t, d, part.bias.data());
   if (dora || !part.post_norm.empty()) store(*s.pool, sub, t * d, part.sub);
   if (!part.post_norm.empty()) {
     // The norm reads what the backward pass will read, rounded in bf16.
@@ -108,21 +114,17 @@ void forward_layer(LoraTraining::State& s, size_t layer, const Kept& k, float* x
   const Config& c = s.config();
   const Layer& w = s.model->layers[layer];
   const LoraLayer& lora = s.lora->layers[layer];
-  const size_t t = s.tokens, d = c.width, f = c.ffn_width, qw = c.q_width(), kvw = c.kv_width();
+  const size_t t = s.tokens, d = c.width, qw = c.q_width(), kvw = c.kv_width();
   float* wide = s.scratch.wide;
 
   // Attention.
   norm_rows(*s.pool, k.x_attn, t, d, w.attn_norm, c.norm_eps, k.n_attn, k.rms_attn);
   shrink(s, layer, 0, k.n_attn, k.u[0]);
   const size_t u_k = lora[0].rank, u_v = u_k + lora[1].rank;
-  const Qkv<float> raw = split_qkv(s, wide);
-  project(s, layer, Projection::q, k.n_attn, k.u[0], 0, raw.q, qw);
-  project(s, layer, Projection::k, k.n_attn, k.u[0], u_k, raw.k, kvw);
-  project(s, layer, Projection::v, k.n_attn, k.u[0], u_v, raw.v, kvw);
-  add_bias(*s.pool, w.q_bias, t, raw.q);
-  add_bias(*s.pool, w.k_bias, t, raw.k);
-  add_bias(*s.pool, w.v_bias, t, raw.v);
-  store(*s.pool, wide, t * s.qkv_width(), k.qkv);
+  const Qkv<Rows> qkv = split_qkv(s, k.qkv);
+  project_rows(s, layer, Projection::q, k.n_attn, k.u[0], 0, w.q_bias, wide, qkv.q);
+  project_rows(s, layer, Projection::k, k.n_attn, k.u[0], u_k, w.k_bias, wide, qkv.k);
+  project_rows(s, layer, Projection::v, k.n_attn, k.u[0], u_v, w.v_bias, wide, qkv.v);
   finish_qkv(s, layer, k);
   const Qkv<float> x = split_qkv(s, s.scratch.qkv);
   attend_packed(*s.pool, s.attention(layer), s.documents, x.q, qw, x.k, x.v, kvw, s.scratch.mixed,
@@ -137,14 +139,12 @@ void forward_layer(LoraTraining::State& s, size_t layer, const Kept& k, float* x
   // Feed-forward.
   norm_rows(*s.pool, k.x_ffn, t, d, w.ffn_norm, c.norm_eps, k.n_ffn, k.rms_ffn);
   shrink(s, layer, 2, k.n_ffn, k.u[2]);
-  project(s, layer, Projection::gate, k.n_ffn, k.u[2], 0, wide, f);
-  store(*s.pool, wide, t * f, k.gate);
-  project(s, layer, Projection::up, k.n_ffn, k.u[2], lora[4].rank, wide, f);
-  store(*s.pool, wide, t * f, k.up);
+  static const Vector kNoBias;
+  project_rows(s, layer, Projection::gate, k.n_ffn, k.u[2], 0, kNoBias, wide, k.gate);
+  project_rows(s, layer, Projection::up, k.n_ffn, k.u[2], lora[4].rank, kNoBias, wide, k.up);
   make_hidden(s, k);
   shrink(s, layer, 3, k.hidden, k.u[3]);
   if (x_next == nullptr && w.ffn_post_norm.empty() && !s.is_dora(layer, Projection::down)) return;
-  static const Vector kNoBias;
   add_sub_layer(s, layer,
                 {Projection::down, kNoBias, w.ffn_post_norm, k.u[3], k.ffn_sub, k.rms_ffn_post},
                 k.hidden, k.x_ffn, x_next == nullptr ? s.scratch.dn : x_next);

@@ -199,7 +199,7 @@ MemoryPlan plan_memory(const TuneOptions& o, const Model& model, const Lora& lor
   // Two moments, and the best values where they are chosen by validation.
   // And the sum of gradients over the batches of a step.
   plan.adapter = lora.values.size() * sizeof(float) * (validates ? 3 : 2) + sum_bytes;
-  // What oneDNN generates and its scratch memory, attention's scratch, threads' stacks.
+  // Scratch memory of products and attention, what oneDNN generates, threads' stacks.
   constexpr size_t kKernels = 24 << 20;
   const size_t now = resident_bytes(), limit = memory_limit(o, ranks);
   const auto fill = [&](Recompute level) {
