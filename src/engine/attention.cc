@@ -16,8 +16,10 @@
 #include <limits>
 #include <vector>
 
+#include "base/cpu.h"
 #include "base/error.h"
 #include "base/memory.h"
+#include "engine/attend_bf16.h"
 #include "engine/float_kernels.h"
 
 namespace moru {
@@ -382,6 +384,15 @@ void each_run(const PackedDocument& document, size_t at, size_t end, Run&& run) 
   if (at < end) run(at, end - at, document.row_of(at));
 }
 
+static_assert(kForwardTokens <= kAttendBf16Rows && kBackwardTokens <= kAttendBf16Rows);
+bool in_bf16(const AttentionShape& shape) {
+  return shape.bf16 && shape.softcap == 0 && isa() == Isa::avx512;
+}
+// Floats of scratch memory that bf16 needs.
+size_t bf16_floats(const AttentionShape& shape) {
+  return in_bf16(shape) ? attend_bf16_bytes(shape.head_dim) / sizeof(float) : 0;
+}
+
 void attend_packed_item(const PackedCall& call, const PackedItem& item) {
   const FloatKernels& kernels = float_kernels();
   const AttentionShape& shape = call.shape;
@@ -394,13 +405,14 @@ void attend_packed_item(const PackedCall& call, const PackedItem& item) {
   // Values are read where they stand, unless a page of them may lie in two places.
   const bool gathers = item.document.prefix != 0;
   scratch.open((gathers ? 2 : 1) * kKeyBlock * dim + BlockScratch::floats(rows, dim) +
-               (1 + call.group) * Rows::floats(rows, dim));
+               (1 + call.group) * Rows::floats(rows, dim) + bf16_floats(shape));
   float* panels = scratch.take(kKeyBlock * dim);
   float* gathered = gathers ? scratch.take(kKeyBlock * dim) : nullptr;
   const BlockScratch room = take_block(scratch, rows, dim);
   const Rows part = take_rows(scratch, rows, dim);
   const Rows total = take_rows(scratch, call.group * rows, dim);
   if (!alone) clear(total, call.group * rows, dim);
+  float* bf16_room = scratch.take(bf16_floats(shape));
 
   for (size_t b = first_block; b < block_end; ++b) {
     const size_t key = b * kKeyBlock, keys = std::min(kKeyBlock, item.first + rows - key);
@@ -449,7 +461,10 @@ void attend_packed_item(const PackedCall& call, const PackedItem& item) {
                               .max = part.max,
                               .sum = part.sum,
                               .out = part.out};
-      kernels.attend_block(block);
+      if (in_bf16(shape))
+        attend_block_bf16_avx512(block, g > 0, bf16_room);
+      else
+        kernels.attend_block(block);
       const float *max = part.max, *sum = part.sum, *weighted = part.out;
       if (!alone) {
         float* group_out = total.out + g * rows * dim;
@@ -492,7 +507,8 @@ void attend_packed_backward_item(const PackedBackward& call, const PackedItem& i
   const PackedDocument& document = item.document;
   const bool gathers = document.prefix != 0;  // a page of keys may lie in two places
   scratch.open((gathers ? 3 : 2) * page + 2 * Scratch::padded(kBackwardTokens * kKeyPage) +
-               2 * Scratch::padded(kBackwardTokens) + 2 * call.group * Scratch::padded(queries));
+               2 * Scratch::padded(kBackwardTokens) + 2 * call.group * Scratch::padded(queries) +
+               bf16_floats(shape));
   float *k_page = scratch.take(page), *v_page = scratch.take(page);
   float* k_rows = gathers ? scratch.take(page) : nullptr;
   float* p = scratch.take(kBackwardTokens * kKeyPage);
@@ -500,6 +516,7 @@ void attend_packed_backward_item(const PackedBackward& call, const PackedItem& i
   auto* first = reinterpret_cast<uint32_t*>(scratch.take(kBackwardTokens));
   auto* end = reinterpret_cast<uint32_t*>(scratch.take(kBackwardTokens));
   float *lse = scratch.take(call.group * queries), *delta = scratch.take(call.group * queries);
+  float* bf16_room = scratch.take(bf16_floats(shape));
 
   const size_t kv_column = item.kv_head * dim, query_row = document.row_of(item.first);
   float* dk = item.dk != nullptr ? item.dk : call.dk + document.first * call.ldkv + kv_column;
@@ -523,6 +540,7 @@ void attend_packed_backward_item(const PackedBackward& call, const PackedItem& i
   for (size_t key = first_key; key < query_end; key += kKeyPage) {
     const size_t keys = std::min(kKeyPage, query_end - key);
     const float* k = k_rows;
+    bool packed = false;  // this page of keys, for bf16
     each_run(document, key, key + keys, [&](size_t position, size_t count, size_t row) {
       const size_t from = row * call.ldkv + kv_column;
       kernels.put_keys(call.k + from, call.ldkv, position - key, count, dim, PageType::f32, k_page);
@@ -544,7 +562,7 @@ void attend_packed_backward_item(const PackedBackward& call, const PackedItem& i
       }
       for (size_t g = 0; g < call.group; ++g) {
         const size_t head = item.kv_head * call.group + g, row = query_row + at;
-        kernels.attend_backward_tile({.rows = rows,
+        const AttendBackwardTile tile{.rows = rows,
                                       .keys = keys,
                                       .head_dim = dim,
                                       .scale = shape.scale,
@@ -567,7 +585,13 @@ void attend_packed_backward_item(const PackedBackward& call, const PackedItem& i
                                       .lddq = call.ldq,
                                       .dk = dk + key * lddkv,
                                       .dv = dv + key * lddkv,
-                                      .lddkv = lddkv});
+                                      .lddkv = lddkv};
+        if (in_bf16(shape)) {
+          attend_backward_tile_bf16_avx512(tile, packed, bf16_room);
+          packed = true;
+        } else {
+          kernels.attend_backward_tile(tile);
+        }
       }
     }
   }

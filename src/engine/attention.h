@@ -21,6 +21,8 @@ struct AttentionShape {
   size_t window = 0;  // a query sees at most this many keys, itself included; 0: all
   // [heads] scores that join each head's softmax without a value, or null; inference alone.
   const float* sinks = nullptr;
+  // Training alone: products of operands rounded to bf16 where the processor multiplies it.
+  bool bf16 = false;
 };
 
 // Consecutive new tokens of one sequence whose keys and values are already in the cache.

@@ -167,7 +167,9 @@ AttentionShape LoraTraining::State::attention(size_t layer) const {
           .head_dim = c.head_dim,
           .scale = c.attn_scale,
           .softcap = c.attn_softcap,
-          .window = c.is_windowed(layer) ? c.window : 0};
+          .window = c.is_windowed(layer) ? c.window : 0,
+          .sinks = nullptr,
+          .bf16 = type == DType::bf16};
 }
 
 DenseView LoraTraining::State::stacked_a(size_t layer, InputGroup group) const {

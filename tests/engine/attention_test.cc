@@ -602,6 +602,52 @@ TEST_CASE("documents that share their start's rows attend as if each had its own
   }
 }
 
+TEST_CASE("training's attention in bf16 is that in f32 but for the rounding of operands") {
+  // Where the processor does not multiply bf16 the two are the same.
+  const auto distance = [](const std::vector<float>& found, const std::vector<float>& wanted) {
+    // Sizes of 0.1 at least: where a query sees one key dq and dk are 0.
+    double difference = 0, size = 1e-2 * static_cast<double>(wanted.size());
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      difference += std::pow(double{found[i]} - double{wanted[i]}, 2);
+      size += std::pow(double{wanted[i]}, 2);
+    }
+    return std::sqrt(difference / size);
+  };
+  std::vector<AttentionShape> all = shapes();
+  all.push_back(shape_of(3, 1, 80));
+  for (AttentionShape s : all) {
+    CAPTURE(s.heads);
+    CAPTURE(s.head_dim);
+    CAPTURE(s.window);
+    for (const size_t tokens : {2, 12, 13, 33, 64, 97, 193, 700}) {
+      CAPTURE(tokens);
+      // Rows: a prompt with one answer, another document, another answer to the prompt.
+      const std::vector<PackedDocument> documents = {
+          {0, tokens}, {tokens, tokens + 11}, {tokens + 11, tokens + 40, 0, tokens / 2}};
+      const Tokens x = tokens_for(s, tokens + 40, 71);
+      const std::vector<float> d_out = normals(x.q.size(), 72);
+      Pool pool(2), one(1);
+      s.bf16 = false;
+      const Gradients wanted = run_packed(pool, s, documents, x, d_out);
+      s.bf16 = true;
+      const Gradients found = run_packed(pool, s, documents, x, d_out);
+      // Each operand is off by 2^-9 of itself at most, about 1e-3 in the mean. Scores of size 1 add
+      // that to p, and ds is a difference: a few roundings in all.
+      CHECK(distance(found.out, wanted.out) < 4e-3);
+      CHECK(distance(found.lse, wanted.lse) < 4e-3);
+      CHECK(distance(found.dv, wanted.dv) < 6e-3);
+      const double allowed = s.window == 1 ? 3e-2 : 1e-2;
+      CHECK(distance(found.dq, wanted.dq) < allowed);
+      CHECK(distance(found.dk, wanted.dk) < allowed);
+      const Gradients alone = run_packed(one, s, documents, x, d_out);
+      CHECK(same_bits(found.out, alone.out));
+      CHECK(same_bits(found.dq, alone.dq));
+      CHECK(same_bits(found.dk, alone.dk));
+      CHECK(same_bits(found.dv, alone.dv));
+    }
+  }
+}
+
 TEST_CASE("training's forward pass and inference over an f32 cache give the same bits") {
   const AttentionShape s = shape_of(6, 2, 64);
   const size_t tokens = 700, ldq = 6 * 64, ldkv = 2 * 64;
