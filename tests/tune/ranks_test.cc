@@ -203,7 +203,7 @@ TEST_CASE("a run that is stopped through mpirun saves what it has, also within a
       if (long_steps) set("--micro-batch-tokens", "64");
       return all;
     };
-    if (long_steps) more.insert(more.end(), {"--max-steps", "4"});
+    if (long_steps) more.insert(more.end(), {"--max-steps", "16"});
     if (!long_steps) more.insert(more.end(), {"--max-steps", "500"});
     REQUIRE(run(2, words(name + "_whole")).code == 0);
     Program program(mpirun(2, words(name)), "mpirun");
