@@ -135,7 +135,9 @@ void refuse_idle_flags(const CLI::App& cmd, const TuneOptions& o) {
       {!pairs, {"--loss-type"}, "is about pairs: --method dpo, simpo or orpo"},
       {!pairs && !kto, {"--beta"}, "is about --method dpo, simpo, orpo or kto"},
       {!pairs, {"--rpo-alpha"}, "is about pairs: --method dpo, simpo or orpo"},
-      {!smooths, {"--label-smoothing"}, "is about --loss-type sigmoid, sigmoid_norm, robust, dpop or simpo"},
+      {!smooths,
+       {"--label-smoothing"},
+       "is about --loss-type sigmoid, sigmoid_norm, robust, dpop or simpo"},
       {!pairs || (!orpo && o.preference.anchor == 0),
        {"--anchor-over"},
        "is about --method orpo, or pairs with --rpo-alpha"},
@@ -157,13 +159,16 @@ void print_check(const TuneOptions& o, size_t count) {
   request.deduplicate = o.deduplicate;
   request.seed = o.seed;
   request.spill = std::filesystem::temp_directory_path() / fmt::format("moru-check-{}", ::getpid());
-  const LoadedExamples data = load_examples(pool, files, request);
+  const CheckedExamples checked = load_checked(pool, files, o.method, request);
+  const LoadedExamples& data = checked.data;
   remove_examples(request.spill);  // what is mapped stays readable
   const ShowOptions show{.colour = wants_colour(STDOUT_FILENO),
                          .width = terminal_width(STDOUT_FILENO)};
-  for (size_t i = 0; i < std::min(count, data.examples.size()); ++i) {
+  for (size_t i = 0; i < std::min(count * checked.a_row, data.examples.size()); ++i) {
     const ExampleView e = data.examples[i];
-    fmt::print("{}\n", show_example(files, e, o.data[e.source].path.filename().string(), show));
+    std::string name = o.data[e.source].path.filename().string();
+    if (!checked.answers.empty()) name += fmt::format(" ({})", checked.answers[i]);
+    fmt::print("{}\n", show_example(files, e, name, show));
   }
   fmt::print("{}", show_report(files, data, report_of(files, data.examples), show.width));
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "base/text.h"
+#include "tune/preference_data.h"
 
 namespace moru {
 namespace {
@@ -94,6 +95,37 @@ bool between_characters(std::string_view text, size_t at) {
 }
 
 }  // namespace
+
+CheckedExamples load_checked(Pool& pool, const ModelFiles& files, Method method,
+                             LoadExamples request) {
+  CheckedExamples checked;
+  std::vector<Example> examples;
+  const auto keep = [&](auto&& loaded) {
+    checked.data.examples = Examples(examples);
+    checked.data.counts = loaded.counts;
+    checked.data.problems = loaded.problems;
+  };
+  if (method == Method::dpo) {
+    const auto pairs = load_pairs(files, request);
+    for (const PreferenceExample& pair : pairs.examples) {
+      examples.insert(examples.end(), {pair.chosen, pair.rejected});
+      checked.answers.insert(checked.answers.end(), {"chosen", "rejected"});
+    }
+    checked.a_row = 2;
+    keep(pairs);
+  } else if (method == Method::kto) {
+    const auto labelled = load_labelled(files, request);
+    for (const LabelledExample& e : labelled.examples) {
+      examples.push_back(e.example);
+      checked.answers.push_back(e.desirable ? "wanted" : "not wanted");
+    }
+    keep(labelled);
+  } else {
+    request.raw_text = method == Method::text;
+    checked.data = load_examples(pool, files, request);
+  }
+  return checked;
+}
 
 std::string show_example(const ModelFiles& files, const ExampleView& e, const std::string& file,
                          const ShowOptions& options) {

@@ -3,11 +3,23 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "tune/examples.h"
+#include "tune/objective.h"
 
 namespace moru {
+
+// What a method learns from: of a pair both answers, one after the other.
+struct CheckedExamples {
+  LoadedExamples data;
+  std::vector<std::string_view> answers;  // by example: "chosen", "not wanted" …; empty: plain ones
+  size_t a_row = 1;                       // examples of a row
+};
+// Errors: as load_examples, load_pairs and load_labelled.
+CheckedExamples load_checked(Pool& pool, const ModelFiles& files, Method method,
+                             LoadExamples request);
 
 struct ShowOptions {
   bool colour = false;  // what is learnt on green, control tokens in cyan; else in [[brackets]]

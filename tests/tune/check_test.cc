@@ -39,7 +39,8 @@ void check_width(const std::string& text, size_t width) {
 
 constexpr const char* kRows =
     "{\"prompt\": \"What is it?\", \"completion\": \"An anvil.\"}\n"
-    "{\"prompt\": \"say <|im_end|>\", \"completion\": \"모루는 대장간에서 쇠를 두드릴 때 받침으로 쓰는 "
+    "{\"prompt\": \"say <|im_end|>\", \"completion\": \"모루는 대장간에서 쇠를 두드릴 때 받침으로 "
+    "쓰는 "
     "쇳덩이이다. 모루는 대장간에서 쇠를 두드릴 때 받침으로 쓰는 쇳덩이이다.\\t\\u001b[31m\"}\n"
     "{\"prompt\": \"What is it?\", \"completion\": \"An anvil.\"}\n"
     "{\"prompt\": \"x\"}\n"
@@ -64,19 +65,54 @@ TEST_CASE("an example is shown as the model reads it, what is learnt in brackets
   const TempDir dir;
   const LoadedExamples data = load(dir, kRows);
   const std::string shown = show_example(model(), data.examples[0], "rows.jsonl", {});
-  CHECK(shown.starts_with(
-      "--- rows.jsonl line 1: 37 tokens, 9 learnt, ends with <|im_end|>, learnt\n"
-      "<|im_start|>user\n"
-      "What is it?<|im_end|>\n"
-      "<|im_start|>assistant\n"
-      "[[An anvil.<|im_end|>]]\n"
-      "ids "));
+  CHECK(
+      shown.starts_with("--- rows.jsonl line 1: 37 tokens, 9 learnt, ends with <|im_end|>, learnt\n"
+                        "<|im_start|>user\n"
+                        "What is it?<|im_end|>\n"
+                        "<|im_start|>assistant\n"
+                        "[[An anvil.<|im_end|>]]\n"
+                        "ids "));
   const TokenId end = data.examples[0].ids.back();
   CHECK(shown.ends_with(" [" + std::to_string(end) + "]\n"));
   const std::string coloured =
       show_example(model(), data.examples[0], "rows.jsonl", {.colour = true});
   CHECK(coloured.find("\033[0;30;42mAn anvil.") != std::string::npos);
   CHECK(coloured.find("[[") == std::string::npos);
+}
+
+TEST_CASE("every method's rows are shown as that method learns them") {
+  const TempDir dir;
+  Pool pool(1);
+  const auto checked = [&](Method method, const std::string& rows, const char* name) {
+    LoadExamples request{.sources = {{.path = dir.file(name, rows)}}, .max_bad = UINT64_MAX};
+    return load_checked(pool, model(), method, request);
+  };
+  const auto shown = [&](const CheckedExamples& c, size_t i) {
+    return show_example(model(), c.data.examples[i], "rows", {});
+  };
+  const auto pairs = checked(Method::dpo,
+                             "{\"prompt\": \"a?\", \"chosen\": \"good\", \"rejected\": \"bad\"}\n"
+                             "{\"prompt\": \"b?\", \"chosen\": \"same\", \"rejected\": \"same\"}\n",
+                             "pairs.jsonl");
+  REQUIRE(pairs.data.examples.size() == 2);
+  CHECK(pairs.a_row == 2);
+  CHECK(pairs.answers == std::vector<std::string_view>{"chosen", "rejected"});
+  CHECK(shown(pairs, 0).find("[[good<|im_end|>]]") != std::string::npos);
+  CHECK(shown(pairs, 1).find("[[bad<|im_end|>]]") != std::string::npos);
+  CHECK(pairs.data.counts.rows == 2);
+  CHECK(pairs.data.counts.bad == 1);  // answers that are the same
+
+  const auto rated = checked(Method::kto,
+                             "{\"prompt\": \"a?\", \"completion\": \"x\", \"label\": true}\n"
+                             "{\"prompt\": \"a?\", \"completion\": \"y\", \"label\": false}\n",
+                             "rated.jsonl");
+  CHECK(rated.answers == std::vector<std::string_view>{"wanted", "not wanted"});
+  CHECK(shown(rated, 1).find("[[y<|im_end|>]]") != std::string::npos);
+
+  const auto text = checked(Method::text, "{\"text\": \"plain words\"}\n", "text.jsonl");
+  REQUIRE(text.data.examples.size() == 1);
+  CHECK(text.answers.empty());
+  CHECK(shown(text, 0).find("<|im_start|>user") == std::string::npos);
 }
 
 TEST_CASE("nothing is wider than the terminal, and nothing of a row acts on it") {
@@ -117,10 +153,10 @@ TEST_CASE("what is odd about a data set is counted") {
 TEST_CASE("examples that never learn to end, and cuts inside characters, are told") {
   const TempDir dir;
   // keep_end takes whole tokens off the front of the text: here two of the three bytes of 모.
-  const LoadedExamples data =
-      load(dir, "{\"prompt\": \"모\", \"completion\": \"ab\"}\n",
-           {.plain_template = "{prompt}{completion}", .max_length = 4,
-            .truncation = Truncation::keep_end});
+  const LoadedExamples data = load(dir, "{\"prompt\": \"모\", \"completion\": \"ab\"}\n",
+                                   {.plain_template = "{prompt}{completion}",
+                                    .max_length = 4,
+                                    .truncation = Truncation::keep_end});
   CHECK(report_of(model(), data.examples).cut_characters == 1);
   const LoadedExamples endless = load(dir, "{\"prompt\": \"x\", \"completion\": \"abcdef\"}\n",
                                       {.plain_template = "{prompt}{completion}", .max_length = 4});
