@@ -269,21 +269,22 @@ TEST_CASE("wanted answers become likelier than unwanted ones, and a run goes on 
 
 TEST_CASE("what KTO tells of the logits is what SFT tells of the same answers") {
   const TempDir dir;
-  std::vector<nlohmann::json> labelled, all, wanted;
+  std::vector<nlohmann::json> labelled, all, wanted, others;
   for (size_t i = 0; i < 12; ++i) {
     nlohmann::json row = {{"prompt", "say " + std::to_string(i)},
                           {"completion", std::string(1 + i % 4, static_cast<char>('a' + i))}};
     all.push_back(row);
-    if (i % 3 == 0) wanted.push_back(row);
+    (i % 3 == 0 ? wanted : others).push_back(row);
     row["label"] = i % 3 == 0;
     labelled.push_back(row);
   }
   dir.file("labelled.jsonl", lines(labelled));
   dir.file("all.jsonl", lines(all));
   dir.file("wanted.jsonl", lines(wanted));
-  // From an adapter that gets some tokens right.
-  TuneOptions before = options_for(dir, "before", "all.jsonl");
-  before.epochs = 12;
+  dir.file("others.jsonl", lines(others));
+  // From an adapter that gets more tokens of the wanted answers right than of the others.
+  TuneOptions before = options_for(dir, "before", "wanted.jsonl");
+  before.epochs = 30;
   before.lr = 1e-2;
   before.val_fraction = 0;
   tune(before);
@@ -299,7 +300,8 @@ TEST_CASE("what KTO tells of the logits is what SFT tells of the same answers") 
   const TuneEvent kto = first_step("kto", "labelled.jsonl");
   CHECK(metric(kto, "entropy") ==
         doctest::Approx(metric(first_step("sft", "all.jsonl"), "entropy")).epsilon(1e-6));
-  CHECK(metric(kto, "mean_token_accuracy") > 0);
+  REQUIRE(metric(first_step("sft", "others.jsonl"), "mean_token_accuracy") <
+          metric(kto, "mean_token_accuracy") - 0.01);
   CHECK(metric(kto, "mean_token_accuracy") ==
         doctest::Approx(metric(first_step("sft", "wanted.jsonl"), "mean_token_accuracy"))
             .epsilon(1e-6));
