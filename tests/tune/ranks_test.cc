@@ -187,8 +187,8 @@ TEST_CASE("a run whose process is killed says so once, and any number goes on to
 TEST_CASE("a run that is stopped through mpirun saves what it has, also within a long step") {
   if (!has_mpirun()) return;
   const TempDir dir;
-  // A step of a thousand rows takes longer than mpirun waits.
-  dir.file("rows.jsonl", rows_for("sft", 1200));
+  // A step of so many rows takes longer than the second that mpirun waits.
+  dir.file("rows.jsonl", rows_for("sft", 12000));
   for (const bool long_steps : {false, true}) {
     CAPTURE(long_steps);
     const std::string name = long_steps ? "long" : "short";
@@ -199,11 +199,11 @@ TEST_CASE("a run that is stopped through mpirun saves what it has, also within a
       const auto set = [&](const char* flag, const char* value) {
         *(std::find(all.begin(), all.end(), flag) + 1) = value;
       };
-      set("--batch-size", long_steps ? "1200" : "8");
+      set("--batch-size", long_steps ? "12000" : "8");
       if (long_steps) set("--micro-batch-tokens", "64");
       return all;
     };
-    if (long_steps) more.insert(more.end(), {"--max-steps", "16"});
+    if (long_steps) more.insert(more.end(), {"--max-steps", "4"});
     if (!long_steps) more.insert(more.end(), {"--max-steps", "500"});
     REQUIRE(run(2, words(name + "_whole")).code == 0);
     Program program(mpirun(2, words(name)), "mpirun");
