@@ -109,6 +109,7 @@ TEST_CASE("every method's rows are shown as that method learns them") {
   CHECK(rated.answers == std::vector<std::string_view>{"wanted", "not wanted"});
   CHECK(shown(rated, 1).find("[[y<|im_end|>]]") != std::string::npos);
 
+  CHECK(checked(Method::text, "plain words\n", "text.txt").data.examples.size() == 1);
   const auto text = checked(Method::text, "{\"text\": \"plain words\"}\n", "text.jsonl");
   REQUIRE(text.data.examples.size() == 1);
   CHECK(text.answers.empty());
