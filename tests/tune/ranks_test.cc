@@ -204,7 +204,7 @@ TEST_CASE("a run that is stopped through mpirun saves what it has, also within a
       return all;
     };
     if (long_steps) more.insert(more.end(), {"--max-steps", "4"});
-    if (!long_steps) more.insert(more.end(), {"--max-steps", "500"});
+    if (!long_steps) more.insert(more.end(), {"--max-steps", "2000"});
     REQUIRE(run(2, words(name + "_whole")).code == 0);
     Program program(mpirun(2, words(name)), "mpirun");
     std::thread stopper([&] {
