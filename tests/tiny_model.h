@@ -111,9 +111,9 @@ inline void write_tiny_model(const std::filesystem::path& path, const TinyModelO
   const size_t vocab = tokens.size();
   m.set("tokenizer.ggml.model", GgufScalar{std::string("gpt2")});
   m.set("tokenizer.ggml.pre", GgufScalar{std::string("gpt-2")});
-  m.set("tokenizer.ggml.tokens", GgufArray{8, tokens});
-  m.set("tokenizer.ggml.token_type", GgufArray{5, types});
-  m.set("tokenizer.ggml.merges", GgufArray{8, std::vector<std::string>{"t h"}});
+  m.set("tokenizer.ggml.tokens", GgufArray(tokens));
+  m.set("tokenizer.ggml.token_type", GgufArray(types));
+  m.set("tokenizer.ggml.merges", GgufArray(std::vector<std::string>{"t h"}));
   m.set("tokenizer.ggml.eos_token_id", GgufScalar{static_cast<uint32_t>(vocab - 1)});
   m.set("tokenizer.ggml.add_bos_token", GgufScalar{false});
   if (!o.chat_template.empty()) m.set("tokenizer.chat_template", GgufScalar{o.chat_template});

@@ -11,8 +11,6 @@
 namespace moru {
 namespace {
 
-constexpr uint32_t kBool = 7;  // GGUF's id of the element type
-
 // A flag for each layer, or a period of which the last layer sees everything.
 void read_windows(const Family& family, const Keys& keys, const GgufMetadata& m,
                   const std::string& prefix, Config& config) {
@@ -23,7 +21,7 @@ void read_windows(const Family& family, const Keys& keys, const GgufMetadata& m,
   const std::string key = prefix + "attention.sliding_window_pattern";
   const GgufValue* value = m.find(key);
   if (value != nullptr && std::holds_alternative<GgufArray>(*value)) {
-    const auto* flags = std::get_if<std::vector<bool>>(&std::get<GgufArray>(*value).values);
+    const auto* flags = std::get_if<std::vector<bool>>(&std::get<GgufArray>(*value).values());
     if (flags == nullptr || flags->size() != config.layers)
       keys.refuse(key, fmt::format("does not hold a flag for each of {} layers", config.layers));
     config.windowed = *flags;
@@ -42,7 +40,8 @@ void read_placeless(const Family& family, const Keys& keys, const GgufMetadata& 
   const std::string key = prefix + "attention.rope_pattern";
   if (const GgufValue* value = m.find(key)) {
     const auto* array = std::get_if<GgufArray>(value);
-    const auto* flags = array == nullptr ? nullptr : std::get_if<std::vector<bool>>(&array->values);
+    const auto* flags =
+        array == nullptr ? nullptr : std::get_if<std::vector<bool>>(&array->values());
     if (flags == nullptr || flags->size() != config.layers)
       keys.refuse(key, fmt::format("does not hold a flag for each of {} layers", config.layers));
     config.placeless = *flags;
@@ -175,7 +174,7 @@ Config config_of_gguf(const Family& family, const GgufMetadata& m, RopeFactors f
   if (const GgufValue* tokens = m.find("tokenizer.ggml.tokens");
       tokens != nullptr && std::holds_alternative<GgufArray>(*tokens))
     c.vocab = std::visit([](const auto& list) { return list.size(); },
-                         std::get<GgufArray>(*tokens).values);
+                         std::get<GgufArray>(*tokens).values());
   finish_config(family, keys, c);
   if (m.number(key("rope.freq_base_swa"))) c.local_rope.theta = number("rope.freq_base_swa", 1);
   return c;
@@ -236,12 +235,12 @@ GgufMetadata gguf_metadata_of(const Family& family, const Config& c) {
   if (family.placeless == Placeless::listed) {
     std::vector<bool> rotates = c.placeless;
     rotates.flip();
-    m.set(key("attention.rope_pattern"), GgufArray{kBool, rotates});
+    m.set(key("attention.rope_pattern"), GgufArray(rotates));
   }
   if (c.window != 0) {
     u32("attention.sliding_window", c.window);
     f32("rope.freq_base_swa", c.local_rope.theta);
-    m.set(key("attention.sliding_window_pattern"), GgufArray{kBool, c.windowed});
+    m.set(key("attention.sliding_window_pattern"), GgufArray(c.windowed));
   } else if (family.default_window != 0 || family.windows == Windows::always) {
     u32("attention.sliding_window", 0);
   }

@@ -85,15 +85,17 @@ void Pieces::grow() {
 }
 
 bool Pieces::add(TokenId id, std::string_view piece) {
-  MORU_CHECK(id >= 0 && !piece.empty());
+  MORU_CHECK(id >= 0 && !piece.empty() && piece.size() < size_t{1} << 24);
   if (has(id)) return false;
-  if (used_ * 2 >= slots_.size()) grow();
+  if (used_ * 4 >= slots_.size() * 3) grow();
   const size_t mask = slots_.size() - 1;
   size_t i = hash_of(piece) & mask;
   for (; slots_[i] != kNoToken; i = (i + 1) & mask)
     if ((*this)[slots_[i]] == piece) return false;
   if (static_cast<size_t>(id) >= places_.size()) places_.resize(static_cast<size_t>(id) + 1);
-  places_[static_cast<size_t>(id)] = {text_.size(), static_cast<uint32_t>(piece.size())};
+  Place& place = places_[static_cast<size_t>(id)];
+  place.at = text_.size() & ((uint64_t{1} << 40) - 1);
+  place.length = piece.size() & ((uint64_t{1} << 24) - 1);
   text_ += piece;
   slots_[i] = id;
   ++used_;
@@ -104,6 +106,16 @@ bool Pieces::add_hole(TokenId id) {
   if (has(id)) return false;
   if (static_cast<size_t>(id) >= places_.size()) places_.resize(static_cast<size_t>(id) + 1);
   return true;
+}
+
+void Pieces::reserve(size_t count, size_t bytes) {
+  places_.reserve(count);
+  text_.reserve(bytes);
+}
+
+void Pieces::shrink_to_fit() {
+  text_.shrink_to_fit();
+  places_.shrink_to_fit();
 }
 
 TokenId Pieces::find(std::string_view piece) const {

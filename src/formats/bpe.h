@@ -28,6 +28,9 @@ class Pieces {
   bool add(TokenId id, std::string_view piece);
   // An id that spells nothing; false if it is taken.
   bool add_hole(TokenId id);
+  void reserve(size_t count, size_t bytes);  // of all pieces
+  // Gives back what was kept for more pieces.
+  void shrink_to_fit();
   TokenId find(std::string_view piece) const;  // kNoToken if absent
   std::string_view operator[](TokenId id) const {
     const Place place = places_[static_cast<size_t>(id)];
@@ -41,8 +44,7 @@ class Pieces {
 
  private:
   struct Place {
-    uint64_t at = 0;
-    uint32_t length = 0;
+    uint64_t at : 40 = 0, length : 24 = 0;  // 24 bits hold the longest piece that readers accept
   };
   void grow();
 

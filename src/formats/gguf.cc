@@ -47,7 +47,7 @@ size_t padded(size_t bytes, size_t alignment) {
 
 std::string type_name(const GgufValue& value) {
   if (const auto* array = std::get_if<GgufArray>(&value))
-    return fmt::format("array of {}", kTypeNames[id_of_alternative(array->values.index())]);
+    return fmt::format("array of {}", kTypeNames[id_of_alternative(array->values().index())]);
   return std::string(kTypeNames[id_of_alternative(std::get<GgufScalar>(value).index())]);
 }
 
@@ -127,10 +127,22 @@ GgufArray read_array(Cursor& in, std::string_view key) {
       in.refuse({std::string(key),
                  fmt::format("claims {} elements, but {} bytes are left", count, in.left()),
                  kConvertAgain});
-    std::vector<T> values;
-    values.reserve(count);
-    for (uint64_t i = 0; i < count; ++i) values.push_back(read_plain<T>(in, key));
-    return GgufArray{element, std::move(values)};
+    if constexpr (std::is_same_v<T, std::string>) {
+      Cursor ahead = in;
+      size_t bytes = 0;
+      for (uint64_t i = 0; i < count; ++i) bytes += ahead.text(key, ahead.left()).size();
+      TextList texts;
+      if (!texts.has_room(bytes))
+        in.refuse({std::string(key), "is longer than 4 GiB", kConvertAgain});
+      texts.reserve(count, bytes);
+      for (uint64_t i = 0; i < count; ++i) texts.push_back(in.text(key, in.left()));
+      return GgufArray(std::move(texts));
+    } else {
+      std::vector<T> values;
+      values.reserve(count);
+      for (uint64_t i = 0; i < count; ++i) values.push_back(read_plain<T>(in, key));
+      return GgufArray(std::move(values));
+    }
   });
 }
 
@@ -299,7 +311,8 @@ std::vector<Result> array_of(const GgufMetadata& metadata, std::string_view key,
   const auto* array = std::get_if<GgufArray>(value);
   if (array == nullptr) refuse_type(metadata, key, *value, wanted);
   std::visit(
-      [&]<typename T>(const std::vector<T>& values) {
+      [&]<typename List>(const List& values) {
+        using T = typename List::value_type;
         result.reserve(values.size());
         for (size_t i = 0; i < values.size(); ++i) {
           std::optional<Result> one = convert(static_cast<const T&>(values[i]));
@@ -307,18 +320,19 @@ std::vector<Result> array_of(const GgufMetadata& metadata, std::string_view key,
           result.push_back(std::move(*one));
         }
       },
-      array->values);
+      array->values());
   return result;
 }
 
 // --- writing --------------------------------------------------------------------------------
 
 template <typename T>
+requires std::is_arithmetic_v<T>
 void put(std::string& out, T value) {
   out.append(reinterpret_cast<const char*>(&value), sizeof value);
 }
 void put(std::string& out, bool value) { put(out, static_cast<uint8_t>(value)); }
-void put(std::string& out, const std::string& text) {
+void put(std::string& out, std::string_view text) {
   put(out, static_cast<uint64_t>(text.size()));
   out += text;
 }
@@ -331,13 +345,14 @@ void put_value(std::string& out, const GgufValue& value) {
   }
   const GgufArray& array = std::get<GgufArray>(value);
   put(out, kArrayId);
-  put(out, id_of_alternative(array.values.index()));
+  put(out, id_of_alternative(array.values().index()));
   std::visit(
-      [&]<typename T>(const std::vector<T>& values) {
+      [&]<typename List>(const List& values) {
+        using T = typename List::value_type;
         put(out, static_cast<uint64_t>(values.size()));
         for (size_t i = 0; i < values.size(); ++i) put(out, static_cast<const T&>(values[i]));
       },
-      array.values);
+      array.values());
 }
 
 // Everything before the data, and where the data ends, counted from its start.
@@ -415,12 +430,14 @@ std::optional<std::string> GgufMetadata::text(std::string_view key) const {
                                 });
 }
 
-std::vector<std::string> GgufMetadata::texts(std::string_view key) const {
-  return array_of<std::string>(*this, key, "an array of text",
-                               []<typename T>(const T& v) -> std::optional<std::string> {
-                                 if constexpr (std::is_same_v<T, std::string>) return v;
-                                 return std::nullopt;
-                               });
+const TextList& GgufMetadata::texts(std::string_view key) const {
+  static const TextList none;
+  const GgufValue* value = find(key);
+  if (value == nullptr) return none;
+  const auto* array = std::get_if<GgufArray>(value);
+  const auto* texts = array == nullptr ? nullptr : std::get_if<TextList>(&array->values());
+  if (texts == nullptr) refuse_type(*this, key, *value, "an array of text");
+  return *texts;
 }
 
 std::vector<float> GgufMetadata::floats(std::string_view key) const {
@@ -486,6 +503,7 @@ void GgufFile::parse(std::span<const std::byte> bytes) {
   for (const PlacedTensor& p : placed)
     if (!seen.insert(p.tensor.name).second)
       in.refuse({fmt::format("tensor {}", p.tensor.name), "stands twice", kConvertAgain});
+  forget(bytes.first(in.position()));  // all of it is copied
   tensors_ = place_tensors(in, std::move(placed), alignment_);
 }
 

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -16,6 +17,7 @@
 #include <vector>
 
 #include "base/files.h"
+#include "base/text_list.h"
 #include "formats/dtype.h"
 
 namespace moru {
@@ -23,13 +25,18 @@ namespace moru {
 // A metadata value. Arrays keep their element type; arrays of arrays are refused.
 using GgufScalar = std::variant<uint8_t, int8_t, uint16_t, int16_t, uint32_t, int32_t, float, bool,
                                 std::string, uint64_t, int64_t, double>;
-struct GgufArray {
-  uint32_t element_type;  // GGUF's id of the type
-  std::variant<std::vector<uint8_t>, std::vector<int8_t>, std::vector<uint16_t>,
-               std::vector<int16_t>, std::vector<uint32_t>, std::vector<int32_t>,
-               std::vector<float>, std::vector<bool>, std::vector<std::string>,
-               std::vector<uint64_t>, std::vector<int64_t>, std::vector<double>>
-      values;
+// Copies share the values, as a vocabulary is large and wanted in several places.
+class GgufArray {
+ public:
+  using Values = std::variant<std::vector<uint8_t>, std::vector<int8_t>, std::vector<uint16_t>,
+                              std::vector<int16_t>, std::vector<uint32_t>, std::vector<int32_t>,
+                              std::vector<float>, std::vector<bool>, TextList,
+                              std::vector<uint64_t>, std::vector<int64_t>, std::vector<double>>;
+  explicit GgufArray(Values values) : values_(std::make_shared<const Values>(std::move(values))) {}
+  const Values& values() const { return *values_; }
+
+ private:
+  std::shared_ptr<const Values> values_;
 };
 using GgufValue = std::variant<GgufScalar, GgufArray>;
 
@@ -50,9 +57,10 @@ class GgufMetadata {
   std::optional<double> number(std::string_view key) const;  // any integer or float
   std::optional<bool> boolean(std::string_view key) const;
   std::optional<std::string> text(std::string_view key) const;
-  std::vector<std::string> texts(std::string_view key) const;  // empty if absent
-  std::vector<float> floats(std::string_view key) const;       // empty if absent
-  std::vector<int64_t> integers(std::string_view key) const;   // empty if absent
+  // Empty if absent. The list lives as long as the pair's value.
+  const TextList& texts(std::string_view key) const;
+  std::vector<float> floats(std::string_view key) const;      // empty if absent
+  std::vector<int64_t> integers(std::string_view key) const;  // empty if absent
   // Replaces the value of `key`, or appends it.
   void set(std::string_view key, GgufValue value);
   void erase(std::string_view key);

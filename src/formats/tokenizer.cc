@@ -120,41 +120,49 @@ void Tokenizer::Data::finish() {
     bpe.reserved[i] = types[i] == TokenType::control || types[i] == TokenType::unknown;
   bpe.prepare(pieces);
 
-  std::vector<const std::string*> raw(count, nullptr);
-  for (const auto& [id, text] : raw_texts) raw[static_cast<size_t>(id)] = &text;
-  const bool bytes = bpe.options.alphabet == Bpe::Alphabet::bytes;
-  std::string one;
-  text_places.reserve(count);
-  for (size_t i = 0; i < count; ++i) {
-    std::string_view spelled = pieces[static_cast<TokenId>(i)];
-    one.clear();
-    if (types[i] == TokenType::byte) {
-      one.push_back(static_cast<char>(byte_of_piece(spelled).value()));
-    } else if (raw[i] != nullptr || !bytes) {
-      one = raw[i] != nullptr ? *raw[i] : std::string(spelled);
-      for (const auto& [from, to] : decode_replacements) {
-        replace_all(one, from, to);
-        if (one.size() > 4 * kMaxPieceBytes)
-          refuse("decoder", fmt::format("makes {} bytes of one token", one.size()));
-      }
-    } else {
-      const std::string_view whole = spelled;
-      while (!spelled.empty()) {
-        const Character letter = first_character(spelled);
-        const auto byte = byte_of_letter(letter.code);
-        if (!byte) {  // not spelled in letters for bytes after all
-          one = whole;
-          break;
-        }
-        one.push_back(static_cast<char>(*byte));
-        spelled.remove_prefix(letter.bytes);
-      }
-    }
-    text_places.emplace_back(texts.size(), static_cast<uint32_t>(one.size()));
-    texts += one;
+  pieces.shrink_to_fit();
+  if (!decode_replacements.empty())  // refuses those that explode
+    for (size_t i = 0; i < count; ++i) replaced(pieces[static_cast<TokenId>(i)]);
+}
+
+std::string Tokenizer::Data::replaced(std::string_view piece) const {
+  std::string text(piece);
+  for (const auto& [from, to] : decode_replacements) {
+    replace_all(text, from, to);
+    if (text.size() > 4 * kMaxPieceBytes)
+      refuse("decoder", fmt::format("makes {} bytes of one token", text.size()));
   }
-  raw_texts.clear();
-  raw_texts.shrink_to_fit();
+  return text;
+}
+
+void Tokenizer::Data::append_text(TokenId id, std::string& out) const {
+  std::string_view piece = pieces[id];
+  const TokenType kind = type(id);
+  if (kind == TokenType::byte) {
+    out.push_back(static_cast<char>(byte_of_piece(piece).value()));
+    return;
+  }
+  const bool spelled_as_is =
+      kind == TokenType::control || kind == TokenType::unknown || kind == TokenType::user_defined;
+  if (spelled_as_is || bpe.options.alphabet != Bpe::Alphabet::bytes) {
+    if (decode_replacements.empty())
+      out += piece;
+    else
+      out += replaced(piece);
+    return;
+  }
+  const size_t before = out.size();
+  while (!piece.empty()) {
+    const Character letter = first_character(piece);
+    const auto byte = byte_of_letter(letter.code);
+    if (!byte) {  // not spelled in letters for bytes after all
+      out.resize(before);
+      out += pieces[id];
+      return;
+    }
+    out.push_back(static_cast<char>(*byte));
+    piece.remove_prefix(letter.bytes);
+  }
 }
 
 Tokenizer::Tokenizer(std::unique_ptr<Data> data) : data_(std::move(data)) {}
@@ -183,9 +191,8 @@ std::vector<TokenId> Tokenizer::encode(std::string_view text,
   }
   // Whether no literal span touches [begin, end).
   const auto free_of_literals = [&](size_t begin, size_t end) {
-    const auto next =
-        std::partition_point(literal.begin(), literal.end(),
-                             [&](const TextSpan& span) { return span.end <= begin; });
+    const auto next = std::partition_point(literal.begin(), literal.end(),
+                                           [&](const TextSpan& span) { return span.end <= begin; });
     return next == literal.end() || next->begin >= end;
   };
 
@@ -241,7 +248,7 @@ std::string Tokenizer::decode(std::span<const TokenId> ids, bool with_specials) 
   for (const TokenId id : ids) {
     if (!d.in_range(id)) continue;
     if (!with_specials && d.is_hidden(id)) continue;
-    text += d.text(id);
+    d.append_text(id, text);
   }
   if (d.strips_first_space && text.starts_with(' ')) text.erase(0, 1);
   return text;
@@ -249,7 +256,9 @@ std::string Tokenizer::decode(std::span<const TokenId> ids, bool with_specials) 
 
 std::string Tokenizer::bytes_of(TokenId id) const {
   if (!data_->in_range(id) || data_->is_hidden(id)) return "";
-  return std::string(data_->text(id));
+  std::string text;
+  data_->append_text(id, text);
+  return text;
 }
 
 std::string_view Tokenizer::piece(TokenId id) const {

@@ -48,7 +48,6 @@ struct Tokenizer::Data {
   // Decoding.
   std::vector<std::pair<std::string, std::string>> decode_replacements;  // ▁ → space
   bool strips_first_space = false;
-  std::vector<std::pair<TokenId, std::string>> raw_texts;  // of tokens the alphabet does not spell
 
   std::optional<TokenId> bos, eos, pad, unknown;
   std::vector<TokenId> more_stops;  // that the files name besides EOS
@@ -58,10 +57,6 @@ struct Tokenizer::Data {
   std::vector<std::pair<TokenId, TokenId>> merge_list;
   std::vector<GgufPair> own_pairs;
   std::string no_gguf;  // why GGUF cannot say what this tokenizer does; empty if it can
-
-  // What decode appends for each id.
-  std::string texts;
-  std::vector<std::pair<uint64_t, uint32_t>> text_places;
 
   // Scratch of encoders that are not running.
   mutable std::mutex pool_mutex;
@@ -74,10 +69,10 @@ struct Tokenizer::Data {
   bool is_hidden(TokenId id) const {
     return type(id) == TokenType::control || type(id) == TokenType::unknown;
   }
-  std::string_view text(TokenId id) const {
-    const auto [at, length] = text_places[static_cast<size_t>(id)];
-    return std::string_view(texts).substr(at, length);
-  }
+  // What decode appends for an id.
+  void append_text(TokenId id, std::string& out) const;
+  // `piece` after decode_replacements.
+  std::string replaced(std::string_view piece) const;
   bool in_range(int64_t id) const { return id >= 0 && static_cast<uint64_t>(id) < pieces.size(); }
   [[noreturn]] void refuse(std::string_view field, std::string what, std::string cure = "") const;
   [[noreturn]] void unsupported(std::string_view field, std::string what,

@@ -60,9 +60,10 @@ Json merges_by_score(const std::vector<std::string>& pieces, const std::vector<f
   return merges;
 }
 
-Json merges_of(const std::vector<std::string>& merges) {
+Json merges_of(const TextList& merges) {
   Json out = Json::array();
-  for (const std::string& merge : merges) {
+  for (size_t i = 0; i < merges.size(); ++i) {
+    const std::string_view merge = merges[i];
     const size_t space = merge.find(' ', 1);
     out.push_back({merge.substr(0, space), merge.substr(space + 1)});
   }
@@ -85,7 +86,9 @@ TokenizerFolder tokenizer_folder_of(const GgufMetadata& metadata) {
   const Tokenizer original = Tokenizer::from_gguf(metadata);
   const std::string model = metadata.text("tokenizer.ggml.model").value_or("");
   const bool bytes = model == "gpt2";
-  std::vector<std::string> pieces = metadata.texts("tokenizer.ggml.tokens");
+  const TextList& tokens = metadata.texts("tokenizer.ggml.tokens");
+  std::vector<std::string> pieces(tokens.size());
+  for (size_t i = 0; i < tokens.size(); ++i) pieces[i] = tokens[i];
   const std::vector<int64_t> types = metadata.integers("tokenizer.ggml.token_type");
 
   Json vocab = Json::object(), added = Json::array();
@@ -96,8 +99,8 @@ TokenizerFolder tokenizer_folder_of(const GgufMetadata& metadata) {
     // As the reader takes it (tokenizer_gguf.cc).
     if (type == TokenType::user_defined && looks_like_control(pieces[i])) type = TokenType::control;
     const bool control = type == TokenType::control || type == TokenType::unknown;
-    const bool marks = !bytes && type == TokenType::user_defined &&
-                       pieces[i].find(' ') != std::string::npos;
+    const bool marks =
+        !bytes && type == TokenType::user_defined && pieces[i].find(' ') != std::string::npos;
     if (marks) replace_all(pieces[i], " ", "▁");
     if (pieces[i].empty()) continue;
     entries.Container::emplace_back(pieces[i], i);  // unique: no look-up
@@ -127,8 +130,8 @@ TokenizerFolder tokenizer_folder_of(const GgufMetadata& metadata) {
   if (bytes) {
     const std::string name = metadata.text("tokenizer.ggml.pre").value_or("");
     const auto pres = known_pres();
-    const auto known = std::find_if(pres.begin(), pres.end(),
-                                    [&](const KnownPre& p) { return p.name == name; });
+    const auto known =
+        std::find_if(pres.begin(), pres.end(), [&](const KnownPre& p) { return p.name == name; });
     bpe["ignore_merges"] = known->ignore_merges;
     if (known->nfc) normalizers.push_back({{"type", "NFC"}});
     for (const std::string_view pattern : known->patterns)
@@ -147,13 +150,12 @@ TokenizerFolder tokenizer_folder_of(const GgufMetadata& metadata) {
     bpe["vocab"] = std::move(vocab);
     bpe["merges"] = merges_of(metadata.texts("tokenizer.ggml.merges"));
   } else {
-    const bool prefix = model == "llama" &&
-                        metadata.boolean("tokenizer.ggml.add_space_prefix").value_or(true);
+    const bool prefix =
+        model == "llama" && metadata.boolean("tokenizer.ggml.add_space_prefix").value_or(true);
     if (prefix) normalizers.push_back({{"type", "Prepend"}, {"prepend", "▁"}});
     normalizers.push_back(replacing(" ", "▁"));
     Json steps = {replacing("▁", " "), {{"type", "ByteFallback"}}, {{"type", "Fuse"}}};
-    if (prefix)
-      steps.push_back({{"type", "Strip"}, {"content", " "}, {"start", 1}, {"stop", 0}});
+    if (prefix) steps.push_back({{"type", "Strip"}, {"content", " "}, {"start", 1}, {"stop", 0}});
     decoder = sequence("decoders", std::move(steps));
     for (size_t i = 0; i < pieces.size(); ++i)
       if (!types.empty() && static_cast<TokenType>(types[i]) == TokenType::unknown)
@@ -171,11 +173,11 @@ TokenizerFolder tokenizer_folder_of(const GgufMetadata& metadata) {
     const auto text = [](const char* id, int type) -> Json {
       return {{"Sequence", {{"id", id}, {"type_id", type}}}};
     };
-    post = {{"type", "TemplateProcessing"},
-            {"single", {first, text("A", 0)}},
-            {"pair", {first, text("A", 0), text("B", 1)}},
-            {"special_tokens",
-             {{bos, {{"id", bos}, {"ids", {*original.bos()}}, {"tokens", {bos}}}}}}};
+    post = {
+        {"type", "TemplateProcessing"},
+        {"single", {first, text("A", 0)}},
+        {"pair", {first, text("A", 0), text("B", 1)}},
+        {"special_tokens", {{bos, {{"id", bos}, {"ids", {*original.bos()}}, {"tokens", {bos}}}}}}};
   }
 
   TokenizerFolder out;

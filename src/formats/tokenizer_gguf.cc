@@ -14,12 +14,11 @@ namespace {
 
 constexpr std::string_view kPrefix = "tokenizer.ggml.";
 constexpr const char* kConvertAgain = "convert the model again with a current converter";
-constexpr uint32_t kGgufInt32 = 5, kGgufFloat32 = 6, kGgufString = 8;
 
 std::string key_of(std::string_view name) { return fmt::format("{}{}", kPrefix, name); }
 
 void read_pieces(const GgufMetadata& metadata, Tokenizer::Data& data, bool marks_spaces) {
-  const std::vector<std::string> tokens = metadata.texts(key_of("tokens"));
+  const TextList& tokens = metadata.texts(key_of("tokens"));
   const std::vector<int64_t> types = metadata.integers(key_of("token_type"));
   if (tokens.empty()) data.refuse(key_of("tokens"), "is missing or empty", kConvertAgain);
   if (tokens.size() > kMaxTokens)
@@ -30,6 +29,7 @@ void read_pieces(const GgufMetadata& metadata, Tokenizer::Data& data, bool marks
                 fmt::format("has {} entries for {} tokens", types.size(), tokens.size()),
                 kConvertAgain);
   data.types.resize(tokens.size(), TokenType::normal);
+  data.pieces.reserve(tokens.size(), tokens.bytes());
   for (size_t i = 0; i < tokens.size(); ++i) {
     const auto id = static_cast<TokenId>(i);
     if (!types.empty()) {
@@ -38,7 +38,7 @@ void read_pieces(const GgufMetadata& metadata, Tokenizer::Data& data, bool marks
                     fmt::format("is {}, which is no type of token", types[i]), kConvertAgain);
       data.types[i] = types[i] == 0 ? TokenType::normal : static_cast<TokenType>(types[i]);
     }
-    std::string piece = tokens[i];
+    std::string piece(tokens[i]);
     // Files exist that call <|im_end|> user-defined; what a user types must not become it.
     if (data.types[i] == TokenType::user_defined && looks_like_control(piece))
       data.types[i] = TokenType::control;
@@ -62,7 +62,7 @@ void read_pieces(const GgufMetadata& metadata, Tokenizer::Data& data, bool marks
 }
 
 void read_merges(const GgufMetadata& metadata, Tokenizer::Data& data) {
-  const std::vector<std::string> merges = metadata.texts(key_of("merges"));
+  const TextList& merges = metadata.texts(key_of("merges"));
   if (merges.empty()) data.refuse(key_of("merges"), "is missing or empty", kConvertAgain);
   if (merges.size() > kMaxMerges)
     data.refuse(key_of("merges"), fmt::format("has more than {} entries", kMaxMerges),
@@ -70,7 +70,7 @@ void read_merges(const GgufMetadata& metadata, Tokenizer::Data& data) {
   data.bpe.merges.reserve(merges.size());
   std::string merged;
   for (size_t i = 0; i < merges.size(); ++i) {
-    const std::string& merge = merges[i];
+    const std::string_view merge = merges[i];
     const auto field = [&] { return fmt::format("{}[{}]", key_of("merges"), i); };
     const size_t space = merge.find(' ', 1);
     if (merge.empty() || space == std::string::npos || space + 1 == merge.size())
@@ -83,8 +83,7 @@ void read_merges(const GgufMetadata& metadata, Tokenizer::Data& data) {
                     kConvertAgain);
       return id;
     };
-    const TokenId left = find(std::string_view(merge).substr(0, space));
-    const TokenId right = find(std::string_view(merge).substr(space + 1));
+    const TokenId left = find(merge.substr(0, space)), right = find(merge.substr(space + 1));
     merged.assign(merge, 0, space).append(merge, space + 1);
     const TokenId both = find(merged);
     data.bpe.merges.add(left, right, {static_cast<uint32_t>(i), both});
@@ -136,7 +135,6 @@ void add_added_tokens(Tokenizer::Data& data, bool marks_spaces) {
     const auto id = static_cast<TokenId>(i);
     AddedToken token{.id = id, .content = std::string(data.pieces[id]), .control = control};
     if (token.content.empty()) continue;
-    data.raw_texts.emplace_back(id, token.content);
     data.raw_added.add(token);
     // Runs of spaces are such tokens; they have become ▁ when they are looked for.
     if (marks_spaces && !control && token.content.find("▁") != std::string::npos)
@@ -233,9 +231,8 @@ namespace {
 GgufPair text_pair(std::string_view name, std::string value) {
   return {key_of(name), GgufScalar(std::move(value))};
 }
-template <typename T>
-GgufPair array_pair(std::string_view name, uint32_t element_type, std::vector<T> values) {
-  return {key_of(name), GgufArray{element_type, std::move(values)}};
+GgufPair array_pair(std::string_view name, GgufArray::Values values) {
+  return {key_of(name), GgufArray(std::move(values))};
 }
 
 // Scores that give the order of the merges: a piece's is minus the rank of its first merge.
@@ -282,11 +279,11 @@ std::vector<GgufPair> Tokenizer::gguf_metadata(size_t rows) const {
     };
     if (!d.no_gguf.empty()) no_gguf(fmt::format("cannot say that {}", d.no_gguf));
     const size_t count = d.pieces.size();
-    std::vector<std::string> tokens(count);
+    TextList tokens;
     std::vector<int32_t> types(count);
     for (size_t i = 0; i < count; ++i) {
       const auto id = static_cast<TokenId>(i);
-      tokens[i] = d.pieces.has(id) ? std::string(d.pieces[id]) : fmt::format("[PAD{}]", i);
+      tokens.push_back(d.pieces.has(id) ? std::string(d.pieces[id]) : fmt::format("[PAD{}]", i));
       types[i] = static_cast<int32_t>(d.types[i]);
     }
     if (bytes) {
@@ -312,16 +309,15 @@ std::vector<GgufPair> Tokenizer::gguf_metadata(size_t rows) const {
       pairs.push_back(text_pair("model", "llama"));
       pairs.push_back(text_pair("pre", "default"));
       pairs.push_back({key_of("add_space_prefix"), GgufScalar(d.strips_first_space)});
-      pairs.push_back(array_pair("scores", kGgufFloat32, scores_of(d)));
+      pairs.push_back(array_pair("scores", scores_of(d)));
     }
-    pairs.push_back(array_pair("tokens", kGgufString, std::move(tokens)));
-    pairs.push_back(array_pair("token_type", kGgufInt32, std::move(types)));
+    pairs.push_back(array_pair("tokens", std::move(tokens)));
+    pairs.push_back(array_pair("token_type", std::move(types)));
     if (bytes) {
-      std::vector<std::string> merges;
-      merges.reserve(d.merge_list.size());
+      TextList merges;
       for (const auto& [left, right] : d.merge_list)
         merges.push_back(fmt::format("{} {}", d.pieces[left], d.pieces[right]));
-      pairs.push_back(array_pair("merges", kGgufString, std::move(merges)));
+      pairs.push_back(array_pair("merges", std::move(merges)));
     }
     for (const auto& [name, id] : {std::pair{"bos_token_id", d.bos},
                                    {"eos_token_id", d.eos},
@@ -335,15 +331,18 @@ std::vector<GgufPair> Tokenizer::gguf_metadata(size_t rows) const {
   for (GgufPair& pair : pairs) {
     auto* array = std::get_if<GgufArray>(&pair.value);
     if (array == nullptr) continue;
+    GgufArray::Values values = array->values();
     if (pair.key == key_of("tokens")) {
-      auto& tokens = std::get<std::vector<std::string>>(array->values);
+      auto& tokens = std::get<TextList>(values);
       while (tokens.size() < rows) tokens.push_back(fmt::format("[PAD{}]", tokens.size()));
     } else if (pair.key == key_of("token_type")) {
-      std::get<std::vector<int32_t>>(array->values)
-          .resize(rows, static_cast<int32_t>(TokenType::unused));
+      std::get<std::vector<int32_t>>(values).resize(rows, static_cast<int32_t>(TokenType::unused));
     } else if (pair.key == key_of("scores")) {
-      std::get<std::vector<float>>(array->values).resize(rows, -1e9f);
+      std::get<std::vector<float>>(values).resize(rows, -1e9f);
+    } else {
+      continue;
     }
+    *array = GgufArray(std::move(values));
   }
   return pairs;
 }

@@ -519,7 +519,6 @@ void read_added_tokens(const Fields& root, Tokenizer::Data& data) {
     data.types[id] = !token.control             ? TokenType::user_defined
                      : data.unknown == token.id ? TokenType::unknown
                                                 : TokenType::control;
-    data.raw_texts.emplace_back(token.id, token.content);
     if (token.normalized) {
       token.content = data.normalizer.run(token.content);
       if (!token.content.empty()) data.normalized_added.add(std::move(token));

@@ -81,9 +81,9 @@ Tokenizer awkward_tokenizer(size_t count, Random& random) {
   m.set("tokenizer.ggml.model", GgufScalar{std::string("gpt2")});
   m.set("tokenizer.ggml.pre", GgufScalar{std::string("gpt-2")});
   m.set("tokenizer.ggml.eos_token_id", GgufScalar{static_cast<uint32_t>(tokens.size() - 1)});
-  m.set("tokenizer.ggml.tokens", GgufArray{8, std::move(tokens)});
-  m.set("tokenizer.ggml.token_type", GgufArray{5, std::move(types)});
-  m.set("tokenizer.ggml.merges", GgufArray{8, std::vector<std::string>{"t h"}});
+  m.set("tokenizer.ggml.tokens", GgufArray(std::move(tokens)));
+  m.set("tokenizer.ggml.token_type", GgufArray(std::move(types)));
+  m.set("tokenizer.ggml.merges", GgufArray(std::vector<std::string>{"t h"}));
   return Tokenizer::from_gguf(m);
 }
 

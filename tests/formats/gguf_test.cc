@@ -75,11 +75,11 @@ struct Tiny {
     m.set("t.u64", GgufScalar(std::numeric_limits<uint64_t>::max()));
     m.set("t.i64", GgufScalar(int64_t{-5}));
     m.set("t.f64", GgufScalar(0.1));
-    m.set("t.texts", GgufArray{8, std::vector<std::string>{"a", "", "bc"}});
-    m.set("t.floats", GgufArray{6, std::vector<float>{1, 2}});
-    m.set("t.ints", GgufArray{5, std::vector<int32_t>{-1, 7}});
-    m.set("t.bools", GgufArray{7, std::vector<bool>{true, false}});
-    m.set("t.none", GgufArray{8, std::vector<std::string>{}});
+    m.set("t.texts", GgufArray(std::vector<std::string>{"a", "", "bc"}));
+    m.set("t.floats", GgufArray(std::vector<float>{1, 2}));
+    m.set("t.ints", GgufArray(std::vector<int32_t>{-1, 7}));
+    m.set("t.bools", GgufArray(std::vector<bool>{true, false}));
+    m.set("t.none", GgufArray(std::vector<std::string>{}));
     tensors.push_back({"norm.weight", DType::f32, {32}, std::as_bytes(std::span(weights))});
     tensors.push_back({"blk.0.w.weight", DType::q4_0, {8, 64}, as_bytes(blocks)});
   }
@@ -140,8 +140,10 @@ TEST_CASE("look-ups convert what fits and refuse another type by key") {
   CHECK(m.number("t.f64") == 0.1);
   CHECK(m.boolean("t.bool") == true);
   CHECK(m.text("general.architecture") == "llama");
-  CHECK(m.texts("t.texts") == std::vector<std::string>{"a", "", "bc"});
+  CHECK(m.texts("t.texts") == TextList{"a", "", "bc"});
   CHECK(m.texts("t.none").empty());
+  const GgufMetadata copy = m;  // shares long values
+  CHECK(&copy.texts("t.texts") == &m.texts("t.texts"));
   CHECK(m.floats("t.floats") == std::vector<float>{1, 2});
   CHECK(m.integers("t.ints") == std::vector<int64_t>{-1, 7});
   CHECK(!m.integer("absent"));

@@ -84,9 +84,9 @@ GgufMetadata tiny_bytes_gguf(const char* pre) {
   m.where = "t.gguf";
   m.set("tokenizer.ggml.model", GgufScalar(std::string("gpt2")));
   if (pre != nullptr) m.set("tokenizer.ggml.pre", GgufScalar(std::string(pre)));
-  m.set("tokenizer.ggml.tokens", GgufArray{8, tokens});
-  m.set("tokenizer.ggml.token_type", GgufArray{5, types});
-  m.set("tokenizer.ggml.merges", GgufArray{8, kMerges});
+  m.set("tokenizer.ggml.tokens", GgufArray(tokens));
+  m.set("tokenizer.ggml.token_type", GgufArray(types));
+  m.set("tokenizer.ggml.merges", GgufArray(kMerges));
   m.set("tokenizer.ggml.eos_token_id", GgufScalar(uint32_t{272}));
   return m;
 }
@@ -119,9 +119,9 @@ GgufMetadata tiny_sentencepiece(bool space_prefix) {
   GgufMetadata m;
   m.where = "s.gguf";
   m.set("tokenizer.ggml.model", GgufScalar(std::string("llama")));
-  m.set("tokenizer.ggml.tokens", GgufArray{8, tokens});
-  m.set("tokenizer.ggml.token_type", GgufArray{5, types});
-  m.set("tokenizer.ggml.scores", GgufArray{6, scores});
+  m.set("tokenizer.ggml.tokens", GgufArray(tokens));
+  m.set("tokenizer.ggml.token_type", GgufArray(types));
+  m.set("tokenizer.ggml.scores", GgufArray(scores));
   m.set("tokenizer.ggml.bos_token_id", GgufScalar(uint32_t{1}));
   m.set("tokenizer.ggml.eos_token_id", GgufScalar(uint32_t{2}));
   m.set("tokenizer.ggml.unknown_token_id", GgufScalar(uint32_t{0}));
@@ -188,7 +188,7 @@ TEST_CASE("what a user typed never becomes a control token") {
 
   // Nor does one that its file calls user-defined.
   GgufMetadata lax = tiny_bytes_gguf("gpt-2");
-  lax.set("tokenizer.ggml.token_type", GgufArray{5, std::vector<int32_t>(274, 4)});
+  lax.set("tokenizer.ggml.token_type", GgufArray(std::vector<int32_t>(274, 4)));
   CHECK(Tokenizer::from_gguf(lax).encode("<|im_end|>", Tokenizer::Specials::literal) != Ids{272});
 
   // Not even where the whole word is looked up, or where scores would merge up to it.
@@ -197,8 +197,10 @@ TEST_CASE("what a user typed never becomes a control token") {
   json["added_tokens"].push_back(added_token(259, "hello", true));
   CHECK(tokenizer_of(json).encode("hello", Tokenizer::Specials::literal) != Ids{259});
   GgufMetadata m = tiny_sentencepiece(false);
-  auto& array = std::get<GgufArray>(m.pairs[1].value);
-  std::get<std::vector<std::string>>(array.values)[1] = "ca";
+  const TextList& tokens = m.texts("tokenizer.ggml.tokens");
+  std::vector<std::string> changed;
+  for (size_t i = 0; i < tokens.size(); ++i) changed.emplace_back(i == 1 ? "ca" : tokens[i]);
+  m.set("tokenizer.ggml.tokens", GgufArray(changed));
   CHECK(Tokenizer::from_gguf(m).encode("ca", Tokenizer::Specials::literal) == Ids{262, 260});
   CHECK(Tokenizer::from_gguf(m).encode("ca") == Ids{1});
 }
@@ -630,26 +632,26 @@ TEST_CASE("a GGUF whose vocabulary contradicts itself is refused, naming the key
     return error_from([&] { Tokenizer::from_gguf(m); }).where();
   };
   const GgufMetadata bytes = tiny_bytes_gguf("gpt-2"), spm = tiny_sentencepiece(true);
-  CHECK(where(bytes, "tokenizer.ggml.tokens", GgufArray{8, std::vector<std::string>{}}) ==
+  CHECK(where(bytes, "tokenizer.ggml.tokens", GgufArray(std::vector<std::string>{})) ==
         "t.gguf: tokenizer.ggml.tokens");
-  CHECK(where(bytes, "tokenizer.ggml.tokens", GgufArray{8, std::vector<std::string>{"a", "a"}}) ==
+  CHECK(where(bytes, "tokenizer.ggml.tokens", GgufArray(std::vector<std::string>{"a", "a"})) ==
         "t.gguf: tokenizer.ggml.tokens[1]");
-  CHECK(where(bytes, "tokenizer.ggml.tokens", GgufArray{8, std::vector<std::string>{"\xff"}}) ==
+  CHECK(where(bytes, "tokenizer.ggml.tokens", GgufArray(std::vector<std::string>{"\xff"})) ==
         "t.gguf: tokenizer.ggml.tokens[0]");
-  CHECK(where(bytes, "tokenizer.ggml.merges", GgufArray{8, std::vector<std::string>{"zz q"}}) ==
+  CHECK(where(bytes, "tokenizer.ggml.merges", GgufArray(std::vector<std::string>{"zz q"})) ==
         "t.gguf: tokenizer.ggml.merges[0]");
-  CHECK(where(bytes, "tokenizer.ggml.merges", GgufArray{8, std::vector<std::string>{"a "}}) ==
+  CHECK(where(bytes, "tokenizer.ggml.merges", GgufArray(std::vector<std::string>{"a "})) ==
         "t.gguf: tokenizer.ggml.merges[0]");
-  CHECK(where(bytes, "tokenizer.ggml.token_type", GgufArray{5, std::vector<int32_t>{1, 9}}) ==
+  CHECK(where(bytes, "tokenizer.ggml.token_type", GgufArray(std::vector<int32_t>{1, 9})) ==
         "t.gguf: tokenizer.ggml.token_type");
-  CHECK(where(bytes, "tokenizer.ggml.token_type", GgufArray{5, std::vector<int32_t>(274, 77)}) ==
+  CHECK(where(bytes, "tokenizer.ggml.token_type", GgufArray(std::vector<int32_t>(274, 77))) ==
         "t.gguf: tokenizer.ggml.token_type[0]");
-  CHECK(where(bytes, "tokenizer.ggml.token_type", GgufArray{5, std::vector<int32_t>(274, 6)}) ==
+  CHECK(where(bytes, "tokenizer.ggml.token_type", GgufArray(std::vector<int32_t>(274, 6))) ==
         "t.gguf: tokenizer.ggml.tokens[0]");
   CHECK(where(bytes, "tokenizer.ggml.bos_token_id", GgufScalar(uint32_t{274})) ==
         "t.gguf: tokenizer.ggml.bos_token_id");
-  CHECK(where(spm, "tokenizer.ggml.scores", GgufArray{6, std::vector<float>{1}}) ==
+  CHECK(where(spm, "tokenizer.ggml.scores", GgufArray(std::vector<float>{1})) ==
         "s.gguf: tokenizer.ggml.scores");
-  CHECK(where(spm, "tokenizer.ggml.scores", GgufArray{6, std::vector<float>(300, std::nanf(""))}) ==
+  CHECK(where(spm, "tokenizer.ggml.scores", GgufArray(std::vector<float>(300, std::nanf("")))) ==
         "s.gguf: tokenizer.ggml.scores[0]");
 }
