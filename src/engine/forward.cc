@@ -21,13 +21,11 @@ constexpr size_t kLogitRows = 32;  // rows of logits that exist at a time
 
 // A matrix of activations, one row a token.
 struct Rows {
-  PageBuffer buffer;
+  float* first = nullptr;
   size_t cols = 0;
 
-  Rows() = default;
-  Rows(size_t rows, size_t columns) : buffer(rows * columns * sizeof(float)), cols(columns) {}
-  float* data() { return static_cast<float*>(buffer.data()); }
-  float* row(size_t r) { return data() + r * cols; }
+  float* data() const { return first; }
+  float* row(size_t r) const { return first + r * cols; }
 };
 
 KvShape cache_shape(const Config& c, const EngineOptions& options) {
@@ -63,8 +61,10 @@ struct Engine::State {
   KvCache cache;
   InputWatcher watcher;
 
-  // One step's activations; rows beyond the step's tokens are stale.
-  Rows x, norm, q, k, v, mixed, branch, gate, up, hidden, logits;
+  // One step's activations; rows beyond the step's tokens are stale. The feed-forward network works
+  // where attention has worked before, and `gate` becomes what enters its last product.
+  PageBuffer memory;
+  Rows x, norm, branch, q, k, v, mixed, gate, up, logits;
   Operand operand;
   std::optional<ExpertsStep> experts;  // of models that have them
   std::vector<int32_t> positions;
@@ -84,20 +84,10 @@ struct Engine::State {
         model(the_model),
         step_tokens(options.step_tokens),
         cache(cache_shape(the_model.config, options), cache_pages(the_model.config, options)),
-        x(step_tokens, the_model.config.width),
-        norm(step_tokens, the_model.config.width),
-        q(step_tokens, the_model.config.q_width()),
-        k(step_tokens, the_model.config.kv_width()),
-        v(step_tokens, the_model.config.kv_width()),
-        mixed(step_tokens, the_model.config.q_width()),
-        branch(step_tokens, the_model.config.width),
-        gate(step_tokens, the_model.config.ffn_width),
-        up(step_tokens, the_model.config.ffn_width),
-        hidden(step_tokens, the_model.config.ffn_width),
-        logits(kLogitRows, the_model.config.vocab),
         operand(the_model.activations),
         own_adapter(options.adapter) {
     const Config& c = model.config;
+    lay_out();
     operand.reserve(step_tokens, std::max({c.width, c.q_width(), c.ffn_width}));
     if (c.experts.count != 0) experts.emplace(c, model.activations, step_tokens);
     positions.reserve(step_tokens);
@@ -105,10 +95,36 @@ struct Engine::State {
     attention_spans.reserve(step_tokens);
   }
 
+  void lay_out() {
+    const Config& c = model.config;
+    std::vector<std::pair<Rows*, size_t>> places;  // in floats
+    size_t end = 0;
+    const auto add = [&](size_t rows, size_t cols, std::initializer_list<Rows*> matrices) {
+      for (Rows* matrix : matrices) {
+        matrix->cols = cols;
+        places.emplace_back(matrix, end);
+        end += (rows * cols + 15) / 16 * 16;  // each begins a cache line
+      }
+    };
+    add(step_tokens, c.width, {&x, &branch});
+    // A branch has joined the stream before the stream is normed, except where both are wanted.
+    const bool apart = c.norm_layout == NormLayout::parallel || c.experts.count != 0;
+    if (apart) add(step_tokens, c.width, {&norm});
+    const size_t shared = end;
+    add(step_tokens, c.q_width(), {&q, &mixed});
+    add(step_tokens, c.kv_width(), {&k, &v});
+    const size_t attention_end = std::exchange(end, shared);
+    add(step_tokens, c.ffn_width, {&gate, &up});
+    end = std::max(end, attention_end);
+    add(kLogitRows, c.vocab, {&logits});
+    memory = PageBuffer(end * sizeof(float));
+    for (const auto& [matrix, at] : places) matrix->first = static_cast<float*>(memory.data()) + at;
+    if (!apart) norm = branch;
+  }
+
   void watch(size_t layer, std::string_view part, const Rows& rows) const {
     if (watcher)
-      watcher(fmt::format("blk.{}.{}.weight", layer, part),
-              static_cast<const float*>(rows.buffer.data()), tokens, rows.cols);
+      watcher(fmt::format("blk.{}.{}.weight", layer, part), rows.data(), tokens, rows.cols);
   }
 
   void norm_rows(Rows& from, const Vector& gain, Rows& to, size_t first, size_t count) {
@@ -311,11 +327,11 @@ struct Engine::State {
     operand.multiply(pool, {{&w.gate, gate.data(), gate.cols}, {&w.up, up.data(), up.cols}},
                      {&w.down});
     adapt(index, kInputGroups[2], in, {&gate, &up});
-    operand.make(pool, hidden.data(), tokens, hidden.cols, w.down, [&](size_t row) {
+    operand.make(pool, gate.data(), tokens, gate.cols, w.down, [&](size_t row) {
       gate_rows(pool, model.config.activation, gate.row(row), gate.cols, up.row(row), up.cols, 1,
-                gate.cols, hidden.row(row), hidden.cols);
+                gate.cols, gate.row(row), gate.cols);
     });
-    watch(index, "ffn_down", hidden);
+    watch(index, "ffn_down", gate);
     const LinearProduct down{&w.down, branch.data(), branch.cols};
     if (index + 1 < model.layers.size()) {
       const Layer& next = model.layers[index + 1];
@@ -323,7 +339,7 @@ struct Engine::State {
     } else {
       operand.multiply(pool, {down}, {&model.output()});
     }
-    adapt(index, kInputGroups[3], hidden, {&branch});
+    adapt(index, kInputGroups[3], gate, {&branch});
   }
 
   // Rows that want logits are normed and meet the head a few at a time.
@@ -353,11 +369,12 @@ struct Engine::State {
     pending = nullptr;
     positions.clear();
     attention_spans.clear();
-    size_t pages = 0;
+    size_t pages = 0, reached = 0;
     for (const StepSpan& span : spans) {
       cache.trim(*span.sequence);
       const size_t first = span.sequence->tokens();
       MORU_CHECK(first + span.tokens.size() <= c.context);
+      reached = std::max(reached, first + span.tokens.size());
       attention_spans.push_back({tokens, span.tokens.size(), first, span.sequence});
       for (size_t i = 0; i < span.tokens.size(); ++i)
         positions.push_back(static_cast<int32_t>(first + i));
@@ -365,6 +382,8 @@ struct Engine::State {
       pages += cache.pages_for(*span.sequence, span.tokens.size());
     }
     MORU_CHECK(tokens <= step_tokens);
+    model.rope.reach(reached);
+    model.local_rope.reach(reached);
     plan_adapters();
     if (pages > cache.free_pages())
       throw Error(ErrorKind::no_space, {.where = "KV cache",

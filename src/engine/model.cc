@@ -1,6 +1,7 @@
 #include "engine/model.h"
 
 #include <fmt/format.h>
+#include <malloc.h>
 
 #include <algorithm>
 #include <cstring>
@@ -15,13 +16,14 @@ constexpr size_t kMaxPrepared = 32768;  // positions prepared for unless more ar
 constexpr size_t kRowsPerItem = 64;     // of a matrix that one thread converts at a time
 
 // Weights are read once: what the file's pages took must not be held beside what became of them.
+void forget(const ModelFiles& files, std::span<const std::byte> data) {
+  if (files.gguf) files.gguf->forget(data);
+  if (files.folder) files.folder->forget(data);
+}
 struct Forget {
   const ModelFiles& files;
   const Tensor& tensor;
-  ~Forget() {
-    if (files.gguf) files.gguf->forget(tensor.data);
-    if (files.folder) files.folder->forget(tensor.data);
-  }
+  ~Forget() { forget(files, tensor.data); }
 };
 
 struct Loader {
@@ -82,7 +84,8 @@ struct Loader {
   };
   Matrix matrix(const Part& part) const {
     const Tensor& tensor = part.tensor;
-    const Forget forget_when_done{files, tensor};
+    const Forget forget_all{files, tensor};  // also what parts, rounded to pages, left
+    const auto forget_part = [&](std::span<const std::byte> data) { forget(files, data); };
     const size_t rows = part.rows, cols = part.cols;
     const auto stored = [&](size_t row) {
       return part.first + (part.turn ? interleaved_row(row, files.config.head_dim) : row);
@@ -91,7 +94,8 @@ struct Loader {
       const size_t row_bytes = moru::bytes_of(tensor.type, cols);
       if (!part.turn && !tensor.data.empty())
         return {QuantMatrix::pack(pool, tensor.type, rows, cols,
-                                  tensor.data.subspan(part.first * row_bytes, rows * row_bytes))};
+                                  tensor.data.subspan(part.first * row_bytes, rows * row_bytes),
+                                  forget_part)};
       std::vector<std::byte> ordered(rows * row_bytes), room;
       for (size_t r = 0; r < rows; ++r)
         std::memcpy(&ordered[r * row_bytes], files.row(tensor, stored(r), room).data(), row_bytes);
@@ -113,6 +117,12 @@ struct Loader {
         dequantize(tensor.type, bytes, row);
         uint16_t* out = static_cast<uint16_t*>(dense.data.data()) + r * cols;
         for (size_t c = 0; c < cols; ++c) out[c] = bf16_from_f32(row[c]);
+      }
+      if (!part.turn && !tensor.data.empty()) {
+        const size_t row_bytes = moru::bytes_of(tensor.type, cols);
+        const size_t begin = item * kRowsPerItem, end = std::min(rows, begin + kRowsPerItem);
+        forget_part(
+            tensor.data.subspan((part.first + begin) * row_bytes, (end - begin) * row_bytes));
       }
     });
     return {std::move(dense)};
@@ -285,8 +295,9 @@ Model load_model(Pool& pool, const ModelFiles& files, const LoadOptions& options
   const size_t usual = std::min(is_long ? c.rope.original_context : c.context, kMaxPrepared);
   const size_t positions = options.context != 0 ? options.context : usual;
   model.config.context = positions;
-  model.rope = make_rope_tables(c.rope, positions);
-  if (c.window != 0) model.local_rope = make_rope_tables(c.local_rope, positions);
+  model.rope = RopeTables(c.rope, positions);
+  if (c.window != 0) model.local_rope = RopeTables(c.local_rope, positions);
+  ::malloc_trim(0);  // what reading the files took
   return model;
 }
 

@@ -228,7 +228,8 @@ void multiply_stripe(const QuantizedRows& x, const QuantProduct& p, size_t strip
 }  // namespace
 
 QuantMatrix QuantMatrix::pack(Pool& pool, DType type, size_t rows, size_t cols,
-                              std::span<const std::byte> data) {
+                              std::span<const std::byte> data,
+                              const std::function<void(std::span<const std::byte>)>& packed) {
   MORU_CHECK(is_quantized(type) && cols % traits(type).block == 0);
   MORU_CHECK(data.size() == bytes_of(type, rows * cols));
   const PanelSize size = panel_size(type, cols);
@@ -241,10 +242,14 @@ QuantMatrix QuantMatrix::pack(Pool& pool, DType type, size_t rows, size_t cols,
   out.bytes_ = divide_up(rows, kPanelRows) * size.bytes;
   out.panels_ = slab_memory(out.bytes_);
   const size_t row_bytes = bytes_of(type, cols);
-  pool.each(divide_up(rows, kPanelRows), [&](size_t panel) {
-    const size_t row = panel * kPanelRows;
-    pack_panel(type, data.data() + row * row_bytes, std::min(kPanelRows, rows - row), cols,
-               out.panels_.get() + panel * size.bytes);
+  constexpr size_t kItemBytes = 256 << 10;
+  const size_t item_rows = std::max<size_t>(kItemBytes / row_bytes / kPanelRows, 1) * kPanelRows;
+  pool.each(divide_up(rows, item_rows), [&](size_t item) {
+    const size_t first = item * item_rows, end = std::min(rows, first + item_rows);
+    for (size_t row = first; row < end; row += kPanelRows)
+      pack_panel(type, data.data() + row * row_bytes, std::min(kPanelRows, rows - row), cols,
+                 out.panels_.get() + row / kPanelRows * size.bytes);
+    if (packed) packed(data.subspan(first * row_bytes, (end - first) * row_bytes));
   });
   return out;
 }

@@ -14,6 +14,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 
@@ -65,9 +66,11 @@ void quantize_rows(Pool& pool, const float* x, size_t ldx, size_t m, size_t k, Q
 class QuantMatrix {
  public:
   // `data` is the tensor as a GGUF stores it, rows · cols elements; cols a multiple of the type's
-  // block. Errors: no_space.
+  // block. `packed` hears, on any thread, of parts of it that are no longer needed. Errors:
+  // no_space.
   static QuantMatrix pack(Pool& pool, DType type, size_t rows, size_t cols,
-                          std::span<const std::byte> data);
+                          std::span<const std::byte> data,
+                          const std::function<void(std::span<const std::byte>)>& packed = {});
 
   DType type() const { return type_; }
   size_t rows() const { return rows_; }

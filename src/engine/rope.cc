@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "base/error.h"
+
 namespace moru {
 namespace {
 
@@ -51,12 +53,13 @@ std::vector<float> llama3_divisors(const RopeConfig& rope) {
 
 // Frequencies as transformers has them: f32 from the powers on, so that long positions turn by the
 // same angles as in training.
-RopeTables make_rope_tables(const RopeConfig& rope, size_t positions) {
+RopeTables::RopeTables(const RopeConfig& rope, size_t positions)
+    : magnitude_(rope.magnitude), dims_(rope.dims), room_(positions), made_(new Made) {
   const size_t half = rope.dims / 2;
   const bool is_long =
       rope.scaling == RopeConfig::Scaling::longrope && positions > rope.original_context;
   const std::vector<float>& divisors = is_long ? rope.long_divisors : rope.divisors;
-  std::vector<float> frequencies(half);
+  frequencies_.resize(half);
   for (size_t i = 0; i < half; ++i) {
     const double plain = plain_frequency(rope, i);
     float f = static_cast<float>(plain);
@@ -66,19 +69,29 @@ RopeTables make_rope_tables(const RopeConfig& rope, size_t positions) {
     if (rope.scaling == RopeConfig::Scaling::yarn)
       f = static_cast<float>(plain / yarn_divisor(rope, i));
     if (!divisors.empty()) f /= divisors[i];
-    frequencies[i] = f;
+    frequencies_[i] = f;
   }
-  RopeTables tables{.cosines = std::vector<float>(positions * half),
-                    .sines = std::vector<float>(positions * half),
-                    .dims = rope.dims};
-  for (size_t p = 0; p < positions; ++p) {
+  made_->cosines = PageBuffer(positions * half * sizeof(float));
+  made_->sines = PageBuffer(positions * half * sizeof(float));
+}
+
+void RopeTables::reach(size_t count) const {
+  if (made_ == nullptr || count <= made_->positions.load(std::memory_order_acquire)) return;
+  constexpr size_t kAtATime = 256;
+  const std::lock_guard lock(made_->mutex);
+  MORU_CHECK(count <= room_);
+  const size_t end = std::min((count + kAtATime - 1) / kAtATime * kAtATime, room_);
+  const size_t half = dims_ / 2;
+  auto* cosines = static_cast<float*>(made_->cosines.data());
+  auto* sines = static_cast<float*>(made_->sines.data());
+  for (size_t p = made_->positions.load(std::memory_order_relaxed); p < end; ++p) {
     for (size_t i = 0; i < half; ++i) {
-      const double angle = double{static_cast<float>(p) * frequencies[i]};
-      tables.cosines[p * half + i] = static_cast<float>(std::cos(angle)) * rope.magnitude;
-      tables.sines[p * half + i] = static_cast<float>(std::sin(angle)) * rope.magnitude;
+      const double angle = double{static_cast<float>(p) * frequencies_[i]};
+      cosines[p * half + i] = static_cast<float>(std::cos(angle)) * magnitude_;
+      sines[p * half + i] = static_cast<float>(std::sin(angle)) * magnitude_;
     }
   }
-  return tables;
+  made_->positions.store(end, std::memory_order_release);
 }
 
 }  // namespace moru

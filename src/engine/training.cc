@@ -406,6 +406,9 @@ void embed(LoraTraining::State& s, const TrainingBatch& batch, float* x) {
   for (const PackedDocument& document : batch.documents)
     for (size_t i = document.first; i < document.end; ++i)
       s.positions[i] = static_cast<int32_t>(document.prefix + i - document.first);
+  const auto reached = static_cast<size_t>(std::ranges::max(s.positions)) + 1;
+  s.model->rope.reach(reached);
+  s.model->local_rope.reach(reached);
   s.pool->each(s.tokens, [&](size_t i) {
     const int32_t id = i < batch.tokens() ? batch.ids[i] : 0;
     MORU_CHECK(id >= 0 && static_cast<size_t>(id) < c.vocab);

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <mutex>
 #include <vector>
 
 #include "base/half.h"
@@ -428,6 +429,22 @@ TEST_CASE("every level quantizes to 8 bits alike, unit by unit") {
   CHECK(expected.codes[130] == -14);  // −14.5
   CHECK(std::isnan(std::bit_cast<float>(expected.scales[3])));
   CHECK(expected.scales[1] == 0);
+}
+
+TEST_CASE("packing says once of each part of a tensor that it is no longer needed") {
+  for (const size_t rows : {1, 16, 1000, 5003}) {
+    CAPTURE(rows);
+    constexpr size_t kCols = 512;
+    const auto tensor = random_tensor(DType::q4_k, rows, kCols, 8);
+    Pool pool(2);
+    std::mutex mutex;
+    std::vector<int> heard(tensor.size());
+    QuantMatrix::pack(pool, DType::q4_k, rows, kCols, tensor, [&](std::span<const std::byte> part) {
+      const std::lock_guard lock(mutex);
+      for (const std::byte& byte : part) ++heard[static_cast<size_t>(&byte - tensor.data())];
+    });
+    CHECK(std::ranges::count(heard, 1) == static_cast<std::ptrdiff_t>(heard.size()));
+  }
 }
 
 TEST_CASE("a product has the same bits for any number of threads, rows beside it and products") {
