@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstdlib>
 
+#include "base/cpu.h"
 #include "engine/forward.h"
 #include "engine/generate.h"
 #include "support.h"
@@ -155,7 +156,18 @@ TEST_CASE("a step of quantized weights allocates nothing" * doctest::skip(!kHook
     }
 }
 
-// Prompts of dense weights go through oneDNN, which packs them into memory of its own.
+TEST_CASE("a step of bf16 weights allocates nothing" * doctest::skip(!kHooked)) {
+  if (isa() != Isa::avx512) {
+    MESSAGE("skipped: no bf16 products of the processor's own");
+    return;
+  }
+  const TempDir folder;
+  write_tiny_model(folder.path() / "tiny.gguf", {.type = DType::bf16});
+  const ModelFiles files = open_model(folder.path() / "tiny.gguf");
+  CHECK(count_steps(files, {.step_tokens = 256, .cache_tokens = 4096}).allocations == 0);
+}
+
+// Elsewhere prompts of dense weights go through oneDNN, which packs them into memory of its own.
 TEST_CASE("a step of one token of bf16 weights allocates nothing" * doctest::skip(!kHooked)) {
   const TempDir folder;
   write_tiny_model(folder.path() / "tiny.gguf", {.type = DType::bf16});
