@@ -78,6 +78,14 @@ struct AttendBackwardTile {
   size_t lddkv;
 };
 
+// The numbers of one update by AdamW (tune/optimizer.h), whose formula is
+//   g = scale · g   m = β1·m + (1 − β1)·g   v = β2·v + (1 − β2)·g²
+//   p = decay · p − rate · m / (√v / root + eps)
+struct AdamWStep {
+  float beta1, rest1, beta2, rest2;  // rest: 1 − β
+  float scale, decay, rate, root, eps;
+};
+
 struct FloatKernels {
   // Row operations: shapes and formulas as in row_ops.h.
   void (*rms_norm)(const float* x, size_t ldx, size_t m, size_t n, const float* w, float eps,
@@ -105,6 +113,7 @@ struct FloatKernels {
   // max = the largest x, sum = Σ exp(x − max), and y = exp(x − max) unless y is null. A row of −∞
   // has max −∞ and sum 0.
   void (*exp_sum)(const float* x, size_t n, float* y, float* max, float* sum);
+  void (*adamw)(const AdamWStep& step, const float* g, size_t n, float* m, float* v, float* p);
 
   // Keys and values of `count` tokens into a page, at places first …; f16 is saturated at ±65,504,
   // so that a value that a query does not see can be multiplied by its probability of 0.

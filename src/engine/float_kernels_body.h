@@ -272,6 +272,23 @@ void exp_sum(const float* x, size_t n, float* y, float* max_out, float* sum_out)
   });
 }
 
+// Nothing is fused, so that the update is what separate operations give.
+void adamw(const AdamWStep& step, const float* g, size_t n, float* m, float* v, float* p) {
+  const Vec beta1 = splat(step.beta1), rest1 = splat(step.rest1);
+  const Vec beta2 = splat(step.beta2), rest2 = splat(step.rest2);
+  const Vec scale = splat(step.scale), decay = splat(step.decay), rate = splat(step.rate);
+  const Vec divisor = splat(step.root), eps = splat(step.eps);
+  each_vec(n, [=](size_t i, auto io) {
+    const Vec gradient = mul(io.get(g + i), scale);
+    const Vec first = add(mul(beta1, io.get(m + i)), mul(rest1, gradient));
+    const Vec second = add(mul(beta2, io.get(v + i)), mul(mul(rest2, gradient), gradient));
+    io.put(m + i, first);
+    io.put(v + i, second);
+    const Vec size = add(div(root(second), divisor), eps);
+    io.put(p + i, sub(mul(io.get(p + i), decay), div(mul(rate, first), size)));
+  });
+}
+
 // ---- Products -----------------------------------------------------------------------------------
 
 // C[M, 16·N] (+)= A[M, k] · B[k, 16·N], with C in registers. Each element is one chain of fused
@@ -747,6 +764,7 @@ constexpr FloatKernels make_table() {
       .softcap = softcap_row,
       .dot = dot,
       .exp_sum = exp_sum,
+      .adamw = adamw,
       .put_keys = put_keys,
       .put_values = put_values,
       .widen_q8_keys = widen_q8_keys,

@@ -67,6 +67,9 @@ inline Vec mul(Vec a, Vec b) {
 inline Vec div(Vec a, Vec b) {
   return lanes([&](int i) { return a.lane[i] / b.lane[i]; });
 }
+inline Vec root(Vec a) {
+  return lanes([&](int i) { return __builtin_sqrtf(a.lane[i]); });
+}
 inline Vec fma(Vec a, Vec b, Vec c) {
   return lanes([&](int i) { return __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]); });
 }

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "base/error.h"
+#include "engine/float_kernels.h"
 
 namespace moru {
 namespace {
@@ -35,25 +36,24 @@ void AdamW::step(Pool& pool, std::span<float> p, std::span<const float> g, doubl
   MORU_CHECK(p.size() == m.size() && g.size() == m.size());
   ++steps;
   const double t = static_cast<double>(steps);
-  const auto root = static_cast<float>(std::sqrt(1 - std::pow(options.beta2, t)));
-  const auto beta1 = static_cast<float>(options.beta1), beta2 = static_cast<float>(options.beta2);
-  const auto rest1 = static_cast<float>(1 - options.beta1);
-  const auto rest2 = static_cast<float>(1 - options.beta2);
-  const auto eps = static_cast<float>(options.eps), scale = static_cast<float>(gradient_scale);
+  AdamWStep step{.beta1 = static_cast<float>(options.beta1),
+                 .rest1 = static_cast<float>(1 - options.beta1),
+                 .beta2 = static_cast<float>(options.beta2),
+                 .rest2 = static_cast<float>(1 - options.beta2),
+                 .scale = static_cast<float>(gradient_scale),
+                 .decay = 1,
+                 .rate = 0,
+                 .root = static_cast<float>(std::sqrt(1 - std::pow(options.beta2, t))),
+                 .eps = static_cast<float>(options.eps)};
   const ParameterGroup all{.first = 0, .end = p.size()};
   if (groups.empty()) groups = std::span(&all, 1);
   for (const ParameterGroup& group : groups) {
     const double rate = lr * group.lr_ratio;
-    const auto decay = static_cast<float>(1 - rate * (group.decays ? options.weight_decay : 0.0));
-    const auto step_size = static_cast<float>(rate / (1 - std::pow(options.beta1, t)));
+    step.decay = static_cast<float>(1 - rate * (group.decays ? options.weight_decay : 0.0));
+    step.rate = static_cast<float>(rate / (1 - std::pow(options.beta1, t)));
     pool.each(tiles(group.end - group.first), [&](size_t tile) {
       const size_t first = group.first + tile * kTile, last = std::min(first + kTile, group.end);
-      for (size_t i = first; i < last; ++i) {
-        const float gi = g[i] * scale;
-        m[i] = beta1 * m[i] + rest1 * gi;
-        v[i] = beta2 * v[i] + rest2 * gi * gi;
-        p[i] = p[i] * decay - step_size * m[i] / (std::sqrt(v[i]) / root + eps);
-      }
+      float_kernels().adamw(step, &g[first], last - first, &m[first], &v[first], &p[first]);
     });
   }
 }
@@ -62,9 +62,13 @@ double global_norm(Pool& pool, std::span<const float> g) {
   std::vector<double> sums(tiles(g.size()), 0.0);
   pool.each(sums.size(), [&](size_t tile) {
     const size_t last = std::min((tile + 1) * kTile, g.size());
-    double sum = 0;
-    for (size_t i = tile * kTile; i < last; ++i) sum += double{g[i]} * double{g[i]};
-    sums[tile] = sum;
+    // Eight sums, so that none waits for its own last addition.
+    double lanes[8] = {};
+    size_t i = tile * kTile;
+    for (; i + 8 <= last; i += 8)
+      for (size_t j = 0; j < 8; ++j) lanes[j] += double{g[i + j]} * double{g[i + j]};
+    for (size_t j = 0; i < last; ++i, ++j) lanes[j] += double{g[i]} * double{g[i]};
+    for (const double lane : lanes) sums[tile] += lane;
   });
   double sum = 0;
   for (const double part : sums) sum += part;

@@ -399,6 +399,20 @@ TEST_CASE("every level of the instruction set gives the bits of the scalar defin
       CHECK(both(n + 2, [&](const FloatKernels& f, float* y) {
         f.exp_sum(inputs, n, y, y + n, y + n + 1);
       }));
+      CHECK(both(3 * n, [&](const FloatKernels& f, float* y) {
+        std::memcpy(y, inputs, n * sizeof(float));
+        for (size_t i = 0; i < n; ++i) y[n + i] = std::fabs(w[i]);
+        const AdamWStep step{.beta1 = 0.9f,
+                             .rest1 = 0.1f,
+                             .beta2 = 0.99f,
+                             .rest2 = 0.01f,
+                             .scale = 0.7f,
+                             .decay = 0.999f,
+                             .rate = 0.02f,
+                             .root = 0.3f,
+                             .eps = 1e-8f};
+        f.adamw(step, dy.data(), n, y, y + n, y + 2 * n);
+      }));
       if (n % 2 == 0) {
         const std::vector<int32_t> positions = {1, 0, 1};
         CHECK(both(m * n, [&](const FloatKernels& f, float* y) {
