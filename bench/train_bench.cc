@@ -1,7 +1,7 @@
 // Speed of one training step, as a share of what dense products reach on this machine.
 //
 // train_bench MODEL [--precision bf16|f32] [--recompute none|light|block] [--threads N] [--packed]
-//             [--json] SHAPE…
+//             [--text FILE] [--json] SHAPE…
 //
 // Shapes:
 //   lora   4 documents of 512 tokens, all learnt; adapters of rank 16 on every matrix
@@ -9,6 +9,7 @@
 //   short  64 rows of the lengths that Banking77's have, 28 tokens on average, a quarter learnt
 //   full   as lora, every weight learnt
 //   pairs  8 pairs: a prompt of 128 tokens, two answers of 64 each, DPO
+// Tokens are drawn evenly from the vocabulary, unless --text names a text to take them from.
 // --packed keeps a quantized model packed (QLoRA). Peers on the same shapes:
 // bench/peers/training.py.
 #include <fmt/format.h>
@@ -24,6 +25,7 @@
 
 #include "base/clock.h"
 #include "base/cpu.h"
+#include "base/files.h"
 #include "base/memory.h"
 #include "base/random.h"
 #include "engine/dense.h"
@@ -43,6 +45,7 @@ struct Flags {
   Recompute recompute = Recompute::light;
   size_t threads = usable_threads();
   bool packed = false, json = false;
+  std::string text;
   std::vector<std::string> shapes;
 };
 
@@ -66,11 +69,28 @@ struct Text {
   std::vector<int32_t> ids;
   std::vector<uint8_t> trained;
 };
+// Where tokens come from: a text, read over and over, or without one even draws.
+struct Source {
+  std::vector<int32_t> ids;
+  size_t vocab = 0, next = 0;
+  Random random{1};
+
+  int32_t token() {
+    if (ids.empty()) return static_cast<int32_t>(random.below(vocab));
+    return ids[next++ % ids.size()];
+  }
+};
+Source source_of(const ModelFiles& files, const std::string& path) {
+  Source source{.vocab = files.config.vocab};
+  if (!path.empty()) source.ids = files.tokenizer.encode(read_file(path));
+  return source;
+}
+
 // The last `learnt` of `length` tokens are learnt.
-Text text_of(Random& random, size_t length, size_t learnt, size_t vocab) {
+Text text_of(Source& source, size_t length, size_t learnt) {
   Text text{std::vector<int32_t>(length), std::vector<uint8_t>(length)};
   for (size_t i = 0; i < length; ++i) {
-    text.ids[i] = static_cast<int32_t>(random.below(vocab));
+    text.ids[i] = source.token();
     text.trained[i] = i + learnt >= length ? 1 : 0;
   }
   return text;
@@ -82,33 +102,30 @@ constexpr size_t kShortRows[] = {
     23, 26, 25, 25, 31, 52, 29, 28, 23, 31, 27, 45, 57, 27, 22, 20, 27, 32, 30, 26, 30, 22,
     41, 24, 25, 20, 18, 22, 26, 43, 27, 24, 20, 26, 33, 19, 19, 67, 24, 21, 48, 28};
 
-TrainingBatch short_rows(size_t vocab) {
+TrainingBatch short_rows(Source& source) {
   TrainingBatch batch;
-  Random random(1);
   for (const size_t length : kShortRows) {
-    const Text text = text_of(random, length, length / 4, vocab);
+    const Text text = text_of(source, length, length / 4);
     batch.append(text.ids, text.trained);
   }
   return batch;
 }
 
-TrainingBatch documents_of(size_t documents, size_t length, double share, size_t vocab) {
+TrainingBatch documents_of(size_t documents, size_t length, double share, Source& source) {
   TrainingBatch batch;
-  Random random(1);
   for (size_t d = 0; d < documents; ++d) {
     const auto learnt = static_cast<size_t>(share * static_cast<double>(length));
-    const Text text = text_of(random, length, learnt, vocab);
+    const Text text = text_of(source, length, learnt);
     batch.append(text.ids, text.trained);
   }
   return batch;
 }
 
-TrainingBatch pairs_of(size_t pairs, size_t prompt, size_t answer, size_t vocab) {
+TrainingBatch pairs_of(size_t pairs, size_t prompt, size_t answer, Source& source) {
   TrainingBatch batch;
-  Random random(1);
   for (size_t p = 0; p < pairs; ++p) {
-    const Text chosen = text_of(random, prompt + answer, answer, vocab);
-    const Text rejected = text_of(random, answer + 1, answer, vocab);
+    const Text chosen = text_of(source, prompt + answer, answer);
+    const Text rejected = text_of(source, answer + 1, answer);
     batch.append(chosen.ids, chosen.trained);
     batch.append_after(2 * p, prompt - 1, rejected.ids, rejected.trained);
   }
@@ -120,16 +137,16 @@ struct Shape {
   size_t tokens;  // of the rows one by one: what a peer without shared prompts computes
   bool full = false, pairs = false;
 };
-Shape shape_of(std::string_view name, size_t vocab) {
-  if (name == "lora") return {documents_of(4, 512, 1, vocab), 2048};
-  if (name == "rows") return {documents_of(58, 35, 0.3, vocab), 58 * 35};
+Shape shape_of(std::string_view name, Source& source) {
+  if (name == "lora") return {documents_of(4, 512, 1, source), 2048};
+  if (name == "rows") return {documents_of(58, 35, 0.3, source), 58 * 35};
   if (name == "short") {
-    TrainingBatch batch = short_rows(vocab);
+    TrainingBatch batch = short_rows(source);
     const size_t tokens = batch.tokens();
     return {std::move(batch), tokens};
   }
-  if (name == "full") return {documents_of(4, 512, 1, vocab), 2048, true};
-  if (name == "pairs") return {pairs_of(8, 128, 64, vocab), 16 * 192, false, true};
+  if (name == "full") return {documents_of(4, 512, 1, source), 2048, true};
+  if (name == "pairs") return {pairs_of(8, 128, 64, source), 16 * 192, false, true};
   fmt::print(stderr, "no shape {}\n", name);
   std::exit(64);
 }
@@ -138,7 +155,8 @@ void measure(Pool& pool, const Flags& flags, const std::string& name, double rat
   const ModelFiles files = open_model(flags.model);
   const Profile profile = flags.packed ? Profile::exact : flags.precision;
   Model model = load_model(pool, files, {.profile = profile, .context = 2048});
-  const Shape shape = shape_of(name, model.config.vocab);
+  Source source = source_of(files, flags.text);
+  const Shape shape = shape_of(name, source);
   const DType type = flags.precision == Profile::bf16 ? DType::bf16 : DType::f32;
   Lora lora;
   lora.layers.resize(model.config.layers);
@@ -209,6 +227,8 @@ Flags flags_of(int argc, char** argv) {
                                            : Recompute::light;
     } else if (word == "--threads") {
       flags.threads = static_cast<size_t>(std::atoi(std::string(next()).c_str()));
+    } else if (word == "--text") {
+      flags.text = next();
     } else if (word == "--packed") {
       flags.packed = true;
     } else if (word == "--json") {

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """moru's training beside torch: one table of one run, on an otherwise idle machine.
 
-    bench/peers/training.py TRAIN_BENCH [--only lora,rows,short,full,pairs,gemma,packed] [--wrap COMMAND]
+    bench/peers/training.py TRAIN_BENCH [--only lora,rows,short,full,pairs,gemma,packed] [--text FILE]
+                            [--wrap COMMAND]
 
 torch, transformers and PEFT run in this interpreter's environment (start it with the peers' python);
 models are looked for in $MORU_PEERS (default ~/.cache/moru-peers). Both sides use --threads threads,
-bf16 and the same tokens; the best of three steps counts. A peer runs in a process of its own, so
+bf16 and the same tokens, the first of --text or else even draws from the vocabulary (which no model
+expects, so that moru's head finds nothing to leave out); the best of three steps counts. A peer runs in a process of its own, so
 that its peak memory is its own. What TRL does for a step of DPO without precomputed reference: the
 policy's and the reference's forward pass over both answers, each with its own prompt, the same
 forward pass being the reference's with the adapter off. Rows of unequal length are padded to the
@@ -40,7 +42,18 @@ SHORT_ROWS = [
 ]
 
 
-def peer(model_path, mode, threads):
+def tokens(model_path, shape, vocab, text):
+    import torch
+    if not text:
+        return torch.randint(100, vocab - 100, shape)
+    from transformers import AutoTokenizer
+    with open(text) as file:
+        ids = AutoTokenizer.from_pretrained(model_path)(file.read(), add_special_tokens=False).input_ids
+    count = shape[0] * shape[1]
+    return torch.tensor((ids * (count // len(ids) + 1))[:count]).reshape(shape)
+
+
+def peer(model_path, mode, threads, text):
     """One measurement in this process: prints a line of JSON."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -55,7 +68,7 @@ def peer(model_path, mode, threads):
     if mode == "short":
         return print(json.dumps(peer_short(model)))
     shape = {"lora": (4, 512), "full": (4, 512), "rows": (58, 35), "pairs": (16, 192)}[mode]
-    ids = torch.randint(100, vocab - 100, shape)
+    ids = tokens(model_path, shape, vocab, text)
     labels = ids.clone()
     if mode == "rows":
         labels[:, : 35 - 10] = -100
@@ -131,21 +144,23 @@ def main():
     parser.add_argument("bench")
     parser.add_argument("--only", default=",".join(ROWS))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--text", default="", help="a text whose tokens both learn")
     parser.add_argument("--wrap", default="", help="put before each command, to run it alone")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
-        return peer(args.bench, args.peer, args.threads)
+        return peer(args.bench, args.peer, args.threads, args.text)
     print(f"{'':10}{'moru t/s':>10}{'of products':>13}{'peak MB':>9}{'torch t/s':>11}{'peak MB':>9}"
           f"{'ratio':>8}")
     for name in args.only.split(","):
         model, shape, flags, mode = ROWS[name]
-        ours = last_json([args.bench, model, "--threads", args.threads, "--json", *flags, shape], args.wrap)
+        ours = last_json([args.bench, model, "--threads", args.threads, "--json", "--text", args.text, *flags,
+                          shape], args.wrap)
         line = (f"{name:10}{ours['tokens_per_second']:10.0f}{100 * ours['share_of_products']:11.0f} %"
                 f"{ours['peak_bytes'] / 1e6:9.0f}")
         if mode:
             theirs = last_json([sys.executable, "-P", os.path.abspath(__file__), model, "--threads",
-                                args.threads, "--peer", mode], args.wrap)
+                                args.threads, "--text", args.text, "--peer", mode], args.wrap)
             line += (f"{theirs['tokens_per_second']:11.0f}{theirs['peak_bytes'] / 1e6:9.0f}"
                      f"{ours['tokens_per_second'] / theirs['tokens_per_second']:7.2f}×")
         print(line, flush=True)
