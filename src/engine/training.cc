@@ -7,9 +7,11 @@
 #include <cstring>
 #include <limits>
 
+#include "base/cpu.h"
 #include "base/error.h"
 #include "base/half.h"
 #include "base/random.h"
+#include "engine/filtered_product.h"
 #include "engine/float_kernels.h"
 #include "engine/training_block.h"
 #include "engine/weights.h"
@@ -202,6 +204,10 @@ DenseView LoraTraining::State::dense(const Matrix& matrix, size_t first, size_t 
   return {type, unpacked.data, rows, cols, cols};
 }
 
+bool LoraTraining::State::filters() const {
+  return type == DType::bf16 && options.filters && isa() == Isa::avx512;
+}
+
 // The whole memory plan: called once to count, once to hand out.
 void LoraTraining::State::lay_out(Arena& arena) {
   const Config& c = config();
@@ -282,6 +288,13 @@ void LoraTraining::State::lay_out(Arena& arena) {
   // Rounded where they stand: a row of bf16 begins where its row of f32 did.
   s.d_logits = {type, s.logits, type == DType::bf16 ? 2 * c.vocab : c.vocab};
   s.head_dn = arena.take<float>(h * d);
+  if (filters()) {
+    const size_t groups = (h + kFilterRows - 1) / kFilterRows;
+    s.negligible = arena.take<float>(groups * kFilterRows);
+    s.picked = arena.take<uint16_t>(groups * kFilterRows * kKeptStride);
+    s.places = arena.take<uint32_t>(groups * kKeptStride);
+    s.counts = arena.take<size_t>(groups);
+  }
 
   values = arena.take_rows(type, 1, pair_values);
   if (lora->dora) {
@@ -507,6 +520,42 @@ void head_input_gradient(LoraTraining::State& s, const Rows& dy, size_t m, float
   }
 }
 
+// The same without what vanishes of dy, f32, in all of twelve rows. Stripe by stripe of the
+// vocabulary: what stays of it is picked out, then multiplied, 32 columns of dx at a time.
+void filtered_input_gradient(LoraTraining::State& s, const float* dy, size_t m, float* dx) {
+  const Config& c = s.config();
+  const Scratch& sc = s.scratch;
+  const size_t groups = (m + kFilterRows - 1) / kFilterRows;
+  const size_t tiles = (c.width + kFilterTile - 1) / kFilterTile;
+  const auto rows_of = [&](size_t group) { return std::min(kFilterRows, m - group * kFilterRows); };
+  s.pool->each(m, [&](size_t i) {
+    sc.negligible[i] = negligible_avx512(dy + i * c.vocab, c.vocab);
+    std::memset(dx + i * c.width, 0, c.width * sizeof(float));
+  });
+  const size_t step = std::min({s.unpacked_rows, s.options.head_columns, kFilterColumns});
+  for (size_t first = 0; first < c.vocab; first += step) {
+    const size_t columns = std::min(step, c.vocab - first);
+    const DenseView w = s.dense(s.model->output(), first, columns);
+    s.pool->each(groups, [&](size_t g) {
+      const size_t row = g * kFilterRows;
+      sc.counts[g] =
+          pick_avx512(dy + row * c.vocab + first, c.vocab, rows_of(g), columns, sc.negligible + row,
+                      w.ld, sc.picked + row * kKeptStride, sc.places + g * kKeptStride);
+    });
+    // A tile's part of the stripe stays in L2 while all rows meet it.
+    s.pool->each(tiles, [&](size_t tile) {
+      const size_t at = tile * kFilterTile;
+      for (size_t g = 0; g < groups; ++g) {
+        const size_t row = g * kFilterRows;
+        multiply_picked_avx512(sc.picked + row * kKeptStride, sc.places + g * kKeptStride,
+                               sc.counts[g], static_cast<const uint16_t*>(w.data) + at, rows_of(g),
+                               std::min(kFilterTile, c.width - at), dx + row * c.width + at,
+                               c.width);
+      }
+    });
+  }
+}
+
 void round_in_place(float* row, size_t count) {
   float_kernels().round_to_bf16(row, count, reinterpret_cast<uint16_t*>(row));
 }
@@ -578,9 +627,14 @@ double head(LoraTraining::State& s, const TrainingBatch& batch, const HeadTask& 
         for (size_t j = 0; j < v; ++j) row[j] *= factor * c.logit_scale;
       });
     zero_floats(pool, sc.logits + chunk.size() * v, (m - chunk.size()) * v);
-    if (s.type == DType::bf16)
+    // The filter reads f32; the head's own gradient takes every element.
+    if (s.filters()) {
+      filtered_input_gradient(s, sc.logits, chunk.size(), sc.head_dn);
+      zero_floats(pool, sc.head_dn + chunk.size() * d, (m - chunk.size()) * d);
+    }
+    if (s.type == DType::bf16 && (!s.filters() || d_head != nullptr))
       pool.each(m, [&](size_t i) { round_in_place(sc.logits + i * v, v); });
-    head_input_gradient(s, sc.d_logits, m, sc.head_dn);
+    if (!s.filters()) head_input_gradient(s, sc.d_logits, m, sc.head_dn);
     if (d_head != nullptr)
       matmul_tn(pool, sc.d_logits.view(m, v), sc.head_n.view(m, d),
                 {DType::f32, d_head, d, true, 1});

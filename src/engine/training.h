@@ -73,6 +73,9 @@ struct TrainingOptions {
   // Columns of the logits' gradient that one product of the head takes: with a large vocabulary at
   // a time every row is far from the one before it (Gemma 3: 300 GFLOP/s instead of 340).
   size_t head_columns = 8192;
+  // In bf16, where the processor multiplies it, dX of the head leaves out what vanishes of the
+  // softmax (filtered_product.h).
+  bool filters = true;
 };
 
 // What the logits of one trained token looked like.

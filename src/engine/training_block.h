@@ -101,6 +101,11 @@ struct Scratch {
   float* capped = nullptr;    // [C, vocab] where logits are capped
   Rows d_logits;              // [C, vocab], where the logits stand
   float* head_dn = nullptr;   // [C, d]
+  // what filtered_product.h takes of d_logits, twelve rows at a time
+  float* negligible = nullptr;  // [C]
+  uint16_t* picked = nullptr;   // [C / 12][12][kKeptStride]
+  uint32_t* places = nullptr;   // [C / 12][kKeptStride]
+  size_t* counts = nullptr;     // [C / 12]
 };
 
 // What DoRA needs besides. By magnitude: ‖W‖² of its row, and m/‖W + s·B·A‖.
@@ -162,6 +167,8 @@ struct LoraTraining::State {
   // Rows [first, first + rows) of a weight in the core's precision; where they are stored
   // otherwise, unpacked until the next call.
   DenseView dense(const Matrix& matrix, size_t first, size_t rows);
+  // Whether the head's gradient leaves out what vanishes.
+  bool filters() const;
   DenseView dense(const Matrix& matrix) { return dense(matrix, 0, matrix.rows()); }
 
   void lay_out(Arena& arena);
