@@ -57,4 +57,25 @@ inline constexpr size_t kBf16WorkspaceBytes = kBf16PackedB + kBf16PackedA + kBf1
 
 void bf16_tile_avx512(const Bf16Tile& tile) noexcept;
 
+// y [m, n] = Σ a [m, k] · b [k, n] (+ y) where neighbours in memory are rows of a and columns of b:
+// a weight's gradient, whose sum runs over tokens. b is packed once for all tiles, in blocks of
+// kBf16SharedDepth of k, each [n/32][k/2][32][2]; a tile packs its rows of a, 96 at a time, and
+// runs them against one panel of b after the other.
+inline constexpr size_t kBf16SharedDepth = 512;
+constexpr size_t bf16_shared_elements(size_t k, size_t n) {
+  return (k + 1) / 2 * 2 * ((n + 2 * kBf16Lanes - 1) / (2 * kBf16Lanes) * 2 * kBf16Lanes);
+}
+struct Bf16Shared {
+  const uint16_t *a, *b;
+  size_t a_step, b_step;  // elements along k
+  size_t k, n;            // of the whole product
+  uint16_t* packed;       // bf16_shared_elements(k, n), aligned to 64
+};
+// The panels of columns [col, col + cols), col whole panels.
+void bf16_pack_shared_avx512(const Bf16Shared& product, size_t col, size_t cols) noexcept;
+// Rows [row, row + m) and columns [col, col + n) of y, whose rows stand ldy apart. workspace:
+// kBf16WorkspaceBytes.
+void bf16_shared_tile_avx512(const Bf16Shared& product, size_t row, size_t m, size_t col, size_t n,
+                             float* y, size_t ldy, bool accumulate, void* workspace) noexcept;
+
 }  // namespace moru

@@ -304,4 +304,59 @@ void bf16_tile_avx512(const Bf16Tile& tile) noexcept {
     }
 }
 
+void bf16_pack_shared_avx512(const Bf16Shared& product, size_t col, size_t cols) noexcept {
+  const Bf16Term term{.a = nullptr,
+                      .a_row = 0,
+                      .a_step = 0,
+                      .b = product.b + col,
+                      .b_col = 1,
+                      .b_step = product.b_step,
+                      .k = product.k};
+  const size_t width = divide_up(product.n, kCols) * kCols;
+  for (size_t first = 0; first < product.k; first += kBf16SharedDepth) {
+    const size_t k = smaller(kBf16SharedDepth, product.k - first), pairs = divide_up(k, 2);
+    pack_b(term, first, k, cols, 0, pairs, product.packed + first * width + 2 * col * pairs);
+  }
+}
+
+void bf16_shared_tile_avx512(const Bf16Shared& product, size_t row, size_t m, size_t col, size_t n,
+                             float* y, size_t ldy, bool accumulate, void* workspace) noexcept {
+  static_assert(2 * kBf16Panel * kBf16SharedDepth <= kBf16WorkspaceBytes);
+  auto* const packed_a = static_cast<uint16_t*>(workspace);
+  const Bf16Term term{.a = product.a + row,
+                      .a_row = 1,
+                      .a_step = product.a_step,
+                      .b = nullptr,
+                      .b_col = 0,
+                      .b_step = 0,
+                      .k = product.k};
+  const size_t width = divide_up(product.n, kCols) * kCols;
+  for (size_t panel = 0; panel < m; panel += kBf16Panel) {
+    const size_t rows = smaller(m - panel, kBf16Panel);
+    for (size_t first = 0; first < product.k; first += kBf16SharedDepth) {
+      const size_t k = smaller(kBf16SharedDepth, product.k - first), pairs = divide_up(k, 2);
+      pack_a(term, first, k, panel, rows, packed_a);
+      for (size_t c = 0; c < n; c += kCols) {
+        const size_t columns = smaller(n - c, kCols);
+        const uint16_t* b = product.packed + first * width + 2 * (col + c) * pairs;
+        for (size_t r = 0; r < rows; r += kBf16Rows) {
+          const Piece piece{packed_a + r * 2 * pairs, 2, 2 * kBf16Rows, pairs};
+          float* to = y + (panel + r) * ldy + c;
+          const Sink sink{
+              .add = first > 0 || accumulate ? to : nullptr,
+              .ld_add = ldy,
+              .y = to,
+              .ldy = ldy,
+              .bf16 = false,
+              .scale = 1,
+              .lanes = {first_lanes(columns),
+                        columns > kLanes ? first_lanes(columns - kLanes) : __mmask16{0}}};
+          kMultiplyRows[columns > kLanes ? 1 : 0][smaller(rows - r, kBf16Rows) - 1](&piece, 1, b,
+                                                                                    sink);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace moru

@@ -291,6 +291,50 @@ void multiply(Pool& pool, const Operand& a, const Operand& b, size_t m, size_t n
   run_grid(pool, Grid(terms, m, n, y, kTileRows));
 }
 
+// Whether multiply_shared takes a product.
+bool shares(const DenseGradient& g, const DenseView& x) {
+  return g.y.type == DType::f32 && g.y.scale == 1 && g.a.type == DType::bf16 &&
+         x.type == DType::bf16 && isa() == Isa::avx512 && g.a.cols > kBf16Panel && x.cols != 0 &&
+         x.rows != 0;
+}
+// y [a.cols, x.cols] = aᵀ · x of each, x packed once for all tiles: 96 rows each and all columns,
+// or parts of these where that makes few tiles.
+void multiply_shared(Pool& pool, std::span<const DenseGradient> gradients, const DenseView& x) {
+  constexpr size_t kPanel = 2 * kBf16Lanes;
+  thread_local PageBuffer packed;
+  const size_t bytes = bf16_shared_elements(x.rows, x.cols) * sizeof(uint16_t);
+  if (packed.bytes() < bytes) packed = PageBuffer(bytes);
+  const auto product_of = [&, to = static_cast<uint16_t*>(packed.data())](const DenseView& a) {
+    return Bf16Shared{.a = static_cast<const uint16_t*>(a.data),
+                      .b = static_cast<const uint16_t*>(x.data),
+                      .a_step = a.ld,
+                      .b_step = x.ld,
+                      .k = x.rows,
+                      .n = x.cols,
+                      .packed = to};
+  };
+  pool.each(divide_up(x.cols, kPanel), [&](size_t panel) {
+    bf16_pack_shared_avx512(product_of(gradients[0].a), panel * kPanel,
+                            std::min(kPanel, x.cols - panel * kPanel));
+  });
+  size_t row_tiles = 0;
+  for (const DenseGradient& g : gradients) row_tiles += divide_up(g.a.cols, kBf16Panel);
+  const size_t cols =
+      part_of(x.cols, divide_up(x.cols, divide_up(kFewOwnTiles, row_tiles)), kPanel);
+  const size_t col_tiles = divide_up(x.cols, cols);
+  pool.each(row_tiles * col_tiles, [&](size_t tile) {
+    thread_local PageBuffer workspace(kBf16WorkspaceBytes);
+    size_t row = tile / col_tiles * kBf16Panel;
+    const DenseGradient* g = &gradients[0];
+    for (; row >= g->a.cols; ++g) row -= divide_up(g->a.cols, kBf16Panel) * kBf16Panel;
+    const size_t col = tile % col_tiles * cols;
+    bf16_shared_tile_avx512(product_of(g->a), row, std::min(kBf16Panel, g->a.cols - row), col,
+                            std::min(cols, x.cols - col),
+                            static_cast<float*>(g->y.data) + row * g->y.ld + col, g->y.ld,
+                            g->y.accumulate, workspace.data());
+  });
+}
+
 Operand plain(const DenseView& view) { return {view.data, view.type, view.ld, 1}; }
 Operand transposed(const DenseView& view) { return {view.data, view.type, 1, view.ld}; }
 
@@ -337,7 +381,17 @@ void matmul_tn(Pool& pool, const DenseView& a, const DenseView& x, const DenseTa
     run_grid(pool, Grid(terms, x.cols, a.cols, y, kTileRows, true));
     return;
   }
+  const DenseGradient gradient{a, y};
+  if (shares(gradient, x)) return multiply_shared(pool, std::span(&gradient, 1), x);
   multiply(pool, transposed(a), plain(x), a.cols, x.cols, a.rows, y);
+}
+
+void matmul_tn(Pool& pool, std::span<const DenseGradient> gradients, const DenseView& x) {
+  for (const DenseGradient& g : gradients) MORU_CHECK(g.a.rows == x.rows);
+  if (!gradients.empty() &&
+      std::ranges::all_of(gradients, [&](const DenseGradient& g) { return shares(g, x); }))
+    return multiply_shared(pool, gradients, x);
+  for (const DenseGradient& g : gradients) matmul_tn(pool, g.a, x, g.y);
 }
 
 void matmul_nt(Pool& pool, std::span<const DenseTerm> sum, const DenseTarget& y) {

@@ -52,6 +52,12 @@ void matmul_nn(Pool& pool, const DenseView& x, const DenseView& w, const DenseTa
 // y [n, k] = a [m, n]ᵀ · x [m, k]       a weight gradient: a = dY
 // The sum over m is one call per tile of y: its order is fixed for a shape.
 void matmul_tn(Pool& pool, const DenseView& a, const DenseView& x, const DenseTarget& y);
+// Those of several matrices that read the same x.
+struct DenseGradient {
+  DenseView a;
+  DenseTarget y;
+};
+void matmul_tn(Pool& pool, std::span<const DenseGradient> gradients, const DenseView& x);
 
 // Sums of up to kDenseTerms products, which pass through y once:
 //   nt: y [m, n] = Σ x [m, k] · w [n, k]ᵀ     nn: y [m, n] = Σ x [m, k] · w [k, n]

@@ -24,12 +24,12 @@ void backward_group(LoraTraining::State& s, size_t layer, size_t group, const Ro
   const size_t t = s.tokens;
   const LoraLayer& lora = s.lora->layers[layer];
   const Rows& du = s.scratch.du;
-  size_t column = 0;
+  size_t column = 0, whole = 0;
+  std::array<DenseGradient, kDenseTerms> gradients;
   for (const OutputGradient& dy : outputs) {
     const LoraPair& pair = lora[static_cast<size_t>(dy.projection)];
     if (float* dw = s.gradient_of(matrix_of(s.model->layers[layer], dy.projection)))
-      matmul_tn(*s.pool, dy.rows.view(t, pair.out), x.view(t, pair.in),
-                {DType::f32, dw, pair.in, true, 1});
+      gradients[whole++] = {dy.rows.view(t, pair.out), {DType::f32, dw, pair.in, true, 1}};
     if (pair.rank == 0) continue;
     matmul_nn(*s.pool, dy.rows.view(t, pair.out), s.b(pair),
               {s.type, du.at(column), du.ld, false, pair.scale});
@@ -38,6 +38,7 @@ void backward_group(LoraTraining::State& s, size_t layer, size_t group, const Ro
     column += pair.rank;
   }
   const LoraPair& first = lora[kInputGroups[group].first];
+  matmul_tn(*s.pool, std::span(gradients.data(), whole), x.view(t, first.in));
   const DenseView a = s.stacked_a(layer, kInputGroups[group]);
   if (column != 0)
     matmul_tn(*s.pool, du.view(t, column), x.view(t, first.in),

@@ -174,6 +174,7 @@ TEST_CASE("bf16 products of whole numbers are exact at every size around tiles a
     check_products(pool, 25, 50, k, 0);
   check_products(pool, 40, 40, 512, 512);
   check_products(pool, 150, 200, 1024, 0);
+  check_products(pool, 110, 50, 1601, 1);
 }
 
 TEST_CASE("products that share a phase are the products alone, for any number of threads") {
@@ -199,6 +200,31 @@ TEST_CASE("products that share a phase are the products alone, for any number of
             [&](size_t i) { return f32_from_bf16(w[r * k + i]); });
         CHECK(together[t * 443 + r] == doctest::Approx(exact).epsilon(1e-4));
       }
+  }
+}
+
+TEST_CASE("gradients that read the same rows are the gradients alone, for any number of threads") {
+  Pool one(1), three(3);
+  for (const auto& [k, n] : {std::pair<size_t, size_t>{1100, 70}, {33, 576}}) {
+    CAPTURE(k);
+    const Whole x(k, n, 3, 1);
+    for (const std::vector<size_t>& widths :
+         {std::vector<size_t>{576, 192, 100}, {97, 96}, {5, 200}, {300}}) {
+      std::vector<Whole> a;
+      std::vector<Result> alone, together;
+      for (const size_t m : widths) {
+        a.emplace_back(k, m, 1, m);
+        alone.emplace_back(m, n);
+        together.emplace_back(m, n);
+      }
+      std::vector<DenseGradient> gradients;
+      for (size_t i = 0; i < widths.size(); ++i) {
+        matmul_tn(one, a[i].view(), x.view(), alone[i].floats(true));
+        gradients.push_back({a[i].view(), together[i].floats(true)});
+      }
+      matmul_tn(three, gradients, x.view());
+      for (size_t i = 0; i < widths.size(); ++i) CHECK(together[i].f32 == alone[i].f32);
+    }
   }
 }
 
