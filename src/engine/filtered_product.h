@@ -21,7 +21,7 @@
 namespace moru {
 
 inline constexpr float kFilteredShare = 1.0f / 1024;
-inline constexpr size_t kFilterRows = 12;  // rows that share their columns
+inline constexpr size_t kFilterRows = 12;       // rows that share their columns
 inline constexpr size_t kFilterColumns = 4096;  // of dY at a time
 // Elements between kept rows: an odd number of cache lines.
 inline constexpr size_t kKeptStride = kFilterColumns + 32;
