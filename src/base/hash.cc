@@ -30,6 +30,13 @@ std::string hex_of(std::span<const unsigned char> digest) {
   return hex;
 }
 
+std::array<unsigned char, 32> digest_of(std::span<const std::byte> bytes) {
+  std::array<unsigned char, 32> digest{};
+  unsigned int length = 0;
+  MORU_CHECK(EVP_Digest(bytes.data(), bytes.size(), digest.data(), &length, EVP_sha256(), nullptr));
+  return digest;
+}
+
 // Of a file, a piece at a time: a mapping of a large one would count as memory of the process.
 std::string sha256_of_file(const std::filesystem::path& path) {
   struct Close {
@@ -104,15 +111,21 @@ std::string remembered_of_file(const std::filesystem::path& path,
 
 }  // namespace
 
-std::string sha256(std::span<const std::byte> bytes) {
-  std::array<unsigned char, 32> digest{};
-  unsigned int length = 0;
-  MORU_CHECK(EVP_Digest(bytes.data(), bytes.size(), digest.data(), &length, EVP_sha256(), nullptr));
-  return hex_of(digest);
-}
+std::string sha256(std::span<const std::byte> bytes) { return hex_of(digest_of(bytes)); }
 
 std::string sha256(std::string_view text) {
   return sha256(std::as_bytes(std::span(text.data(), text.size())));
+}
+
+uint64_t short_sha256(std::span<const std::byte> bytes) {
+  const auto digest = digest_of(bytes);
+  uint64_t bits = 0;
+  for (size_t i = 0; i < 8; ++i) bits = bits << 8 | digest[i];
+  return bits;
+}
+
+uint64_t short_sha256(std::string_view text) {
+  return short_sha256(std::as_bytes(std::span(text.data(), text.size())));
 }
 
 std::string sha256_of_path(const std::filesystem::path& path) {

@@ -12,6 +12,9 @@ namespace moru {
 // Lower-case hex SHA-256.
 std::string sha256(std::span<const std::byte> bytes);
 std::string sha256(std::string_view text);
+// The first 64 bits of it, for keys in memory.
+uint64_t short_sha256(std::span<const std::byte> bytes);
+uint64_t short_sha256(std::string_view text);
 // Of the whole file; for a folder, of its sorted file names and their hashes. Errors: not_found,
 // io.
 std::string sha256_of_path(const std::filesystem::path& path);

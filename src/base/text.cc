@@ -45,6 +45,23 @@ size_t ascii_run(std::string_view text, size_t at) {
   return at - begin;
 }
 
+// Whether NFC leaves `text` alone, by ranges that hold no decomposable, composing or combining
+// character: most text passes and is spared the slow way.
+bool is_surely_nfc(std::string_view text) {
+  for (size_t at = ascii_run(text, 0); at < text.size();) {
+    const CodePoint c = code_point_at(text, at);
+    const char32_t v = c.value;
+    const bool safe = v < 0x300 || (v >= 0xac00 && v <= 0xd7a3) || (v >= 0x4e00 && v <= 0x9fff) ||
+                      (v >= 0x3041 && v <= 0x3096) || (v >= 0x309b && v <= 0x30ff) ||
+                      (v >= 0x3001 && v <= 0x3029) || (v >= 0x2010 && v <= 0x2027) ||
+                      (v >= 0x1f300 && v <= 0x1faff) || (v >= 0xff01 && v <= 0xffee) ||
+                      (v >= 0x400 && v <= 0x482);
+    if (!safe || !c.well_formed) return false;
+    at += c.bytes;
+  }
+  return true;
+}
+
 constexpr char32_t kEmojiVariation = 0xFE0F;
 
 bool is_regional_indicator(char32_t c) { return c >= 0x1F1E6 && c <= 0x1F1FF; }
@@ -163,7 +180,7 @@ std::string repair_utf8(std::string_view text) {
 }
 
 std::string nfc(std::string_view text) {
-  if (ascii_run(text, 0) == text.size()) return std::string(text);
+  if (is_surely_nfc(text)) return std::string(text);
   const std::string well_formed = repair_utf8(text);
   utf8proc_uint8_t* composed = nullptr;
   const utf8proc_ssize_t size =

@@ -170,7 +170,7 @@ void print_check(const TuneOptions& o, size_t count) {
     if (!checked.answers.empty()) name += fmt::format(" ({})", checked.answers[i]);
     fmt::print("{}\n", show_example(files, e, name, show));
   }
-  fmt::print("{}", show_report(files, data, report_of(files, data.examples), show.width));
+  fmt::print("{}", show_report(files, data, report_of(pool, files, data.examples), show.width));
 }
 
 // One line on a terminal, rewritten and never wider than it; a line a step elsewhere.

@@ -18,6 +18,8 @@ size_t edge_place(uint64_t key, size_t size) {
 void AddedTokens::add(AddedToken token) {
   MORU_CHECK(!token.content.empty());
   begins_[static_cast<uint8_t>(token.content[0])] = true;
+  first_ = token.content[0];
+  one_first_ = std::count(begins_.begin(), begins_.end(), true) == 1;
   uint32_t node = 0;
   for (const char c : token.content) {
     const auto byte = static_cast<uint8_t>(c);
@@ -59,6 +61,8 @@ uint32_t AddedTokens::child(uint32_t node, uint8_t byte) const {
 const AddedToken* AddedTokens::find(std::string_view text, size_t& from) const {
   if (tokens_.empty()) return nullptr;
   for (; from < text.size(); ++from) {
+    // In most vocabularies all begin with "<".
+    if (one_first_) from = std::min(text.find(first_, from), text.size() - 1);
     if (!begins_[static_cast<uint8_t>(text[from])]) continue;
     int32_t longest = -1;
     uint32_t node = 0;

@@ -28,13 +28,13 @@ class AddedTokens {
   void add(AddedToken token);
   bool empty() const { return tokens_.empty(); }
 
-  // Calls `on_text(piece)` and `on_token(id)` for what `text` consists of, in order. A control
-  // token at [begin, end) of it stays text where `is_control(begin, end)` is false.
+  // Calls `on_text(piece)` and `on_token(id, end)` for what `text` consists of from byte `done` on,
+  // in order; `end` is that of what the token takes. A control token at [begin, end) of the text
+  // stays text where `is_control(begin, end)` is false.
   template <typename IsControl, typename OnText, typename OnToken>
-  void split(std::string_view text, IsControl&& is_control, OnText&& on_text,
+  void split(std::string_view text, size_t done, IsControl&& is_control, OnText&& on_text,
              OnToken&& on_token) const {
-    size_t done = 0;
-    for (size_t from = 0; const AddedToken* token = find(text, from);) {
+    for (size_t from = done; const AddedToken* token = find(text, from);) {
       const size_t begin = from, end = from + token->content.size();
       from = end;
       if (token->control && !is_control(begin, end)) continue;
@@ -42,7 +42,7 @@ class AddedTokens {
       const auto [wide_begin, wide_end] = strip(*token, text, begin, end, done);
       if (wide_begin < done) continue;  // an earlier rstrip took it
       if (wide_begin > done) on_text(text.substr(done, wide_begin - done));
-      on_token(token->id);
+      on_token(token->id, wide_end);
       done = wide_end;
     }
     if (done < text.size()) on_text(text.substr(done));
@@ -60,6 +60,8 @@ class AddedTokens {
   std::vector<AddedToken> tokens_;
   std::vector<int32_t> token_of_node_ = {-1};
   std::array<bool, 256> begins_{};  // bytes that some token begins with
+  char first_ = 0;                  // the one that all begin with, if there is but one
+  bool one_first_ = false;
   struct Edge {
     uint64_t key = 0;  // node << 8 | byte, plus one
     uint32_t child = 0;

@@ -154,13 +154,15 @@ class Bpe::Scratch {
     uint32_t begin, end;  // of the merged text: tells whether the pair is still there
     TokenId id;
   };
-  // Long enough for nearly all words; a slot is 72 bytes.
+  // Long enough for nearly all words; a slot is a line of the processor's cache.
   static constexpr size_t kWordBytes = 30, kWordIds = 8, kWords = 8192;
-  struct Word {
+  struct alignas(64) Word {
     uint8_t bytes = 0, ids = 0;
     std::array<char, kWordBytes> text;
     std::array<TokenId, kWordIds> tokens;
   };
+
+  static_assert(sizeof(Word) == 64);
 
   std::vector<Symbol> symbols;
   std::vector<Merge> pairs;

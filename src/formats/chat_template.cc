@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <array>
 #include <ctime>
 #include <utility>
 #include <vector>
@@ -31,11 +33,19 @@ size_t size_of(const std::string& where, const ordered_json& json, size_t depth 
   return size;
 }
 
+constexpr std::array<const char*, 3> kReasoning = {"reasoning_content", "thinking", "reasoning"};
+
+bool reasons(const ordered_json& message) {
+  return message.is_object() &&
+         std::any_of(kReasoning.begin(), kReasoning.end(),
+                     [&](const char* field) { return message.contains(field); });
+}
+
 // Reasoning goes by several names. Whichever a message has, templates find it as
 // reasoning_content, and gpt-oss's as thinking: transformers fills them in like this.
 ordered_json with_reasoning(const ordered_json& message) {
   if (!message.is_object()) return message;
-  for (const char* field : {"reasoning_content", "thinking", "reasoning"}) {
+  for (const char* field : kReasoning) {
     const auto at = message.find(field);
     if (at == message.end() || at->is_null()) continue;
     ordered_json::object_t filled;
@@ -78,8 +88,13 @@ std::string ChatTemplate::render(const Inputs& inputs) const {
   for (const auto& [name, value] : inputs.extra) size += size_of(where, value);
   jinja::Runtime runtime(where, size);
 
-  ordered_json messages = ordered_json::array();
-  for (const ordered_json& message : inputs.messages) messages.push_back(with_reasoning(message));
+  // Copies only where a message reasons.
+  const bool plain = inputs.messages.is_array() &&
+                     std::none_of(inputs.messages.begin(), inputs.messages.end(), reasons);
+  ordered_json filled = ordered_json::array();
+  if (!plain)
+    for (const ordered_json& message : inputs.messages) filled.push_back(with_reasoning(message));
+  const ordered_json& messages = plain ? inputs.messages : filled;
   std::vector<jinja::Interpreter::Variable> variables = {
       {"messages", jinja::from_json(runtime, messages)},
       {"tools", jinja::from_json(runtime, inputs.tools)},

@@ -69,6 +69,10 @@ class Borrowed {
   std::unique_ptr<Bpe::Scratch> scratch_;
 };
 
+bool begins_with(std::span<const TokenId> ids, std::span<const TokenId> start) {
+  return start.size() <= ids.size() && std::equal(start.begin(), start.end(), ids.begin());
+}
+
 }  // namespace
 
 bool looks_like_control(std::string_view piece) {
@@ -165,6 +169,43 @@ void Tokenizer::Data::append_text(TokenId id, std::string& out) const {
   }
 }
 
+// `text` is valid UTF-8; no control token is found where it would touch a literal span.
+template <typename OnAdded>
+void Tokenizer::Data::encode(std::string_view text, size_t from, std::span<const TextSpan> literal,
+                             Bpe::Scratch& scratch, std::vector<TokenId>& ids,
+                             OnAdded&& on_added) const {
+  // Whether no literal span touches [begin, end).
+  const auto free_of_literals = [&](size_t begin, size_t end) {
+    const auto next = std::partition_point(literal.begin(), literal.end(),
+                                           [&](const TextSpan& span) { return span.end <= begin; });
+    return next == literal.end() || next->begin >= end;
+  };
+  raw_added.split(
+      text, from, free_of_literals,
+      [&](std::string_view raw) {
+        std::string normal;
+        const auto offset = static_cast<size_t>(raw.data() - text.data());
+        std::string_view piece = raw;
+        if (!normalizer.empty()) piece = normal = normalizer.run(raw);
+        normalized_added.split(
+            piece, 0,
+            [&](size_t begin, size_t end) {
+              // A normalizer moves what follows, so a piece counts as a whole.
+              return normalizer.empty() ? free_of_literals(offset + begin, offset + end)
+                                        : free_of_literals(offset, offset + raw.size());
+            },
+            [&](std::string_view words) {
+              pre_tokenizer.split(words, offset == 0 && words.data() == piece.data(),
+                                  [&](std::string_view word) { bpe.encode(word, scratch, ids); });
+            },
+            [&](TokenId id, size_t) { ids.push_back(id); });
+      },
+      [&](TokenId id, size_t end) {
+        ids.push_back(id);
+        on_added(end);
+      });
+}
+
 Tokenizer::Tokenizer(std::unique_ptr<Data> data) : data_(std::move(data)) {}
 Tokenizer::~Tokenizer() = default;
 Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
@@ -177,67 +218,70 @@ std::vector<TokenId> Tokenizer::encode(std::string_view text, Specials specials)
 
 std::vector<TokenId> Tokenizer::encode(std::string_view text,
                                        std::span<const TextSpan> literal) const {
+  return encode(text, literal, {}).ids;
+}
+
+Tokenizer::CutIds Tokenizer::encode(std::string_view text, std::span<const TextSpan> literal,
+                                    std::span<const size_t> cuts) const {
   const Data& d = *data_;
   if (text.size() > kMaxTextBytes)
     throw Error(ErrorKind::bad_input, {.where = "text",
                                        .what = fmt::format("is {} bytes long", text.size()),
                                        .cure = "split it into parts below 256 MiB"});
-  std::string repaired;
-  const TextSpan all{0, std::string::npos};
-  if (find_invalid_utf8(text)) {
-    text = repaired = repair_utf8(text);
-    // Repaired bytes moved what spans count: a text with any keeps all its control tokens literal.
-    if (!literal.empty()) literal = {&all, 1};
-  }
-  // Whether no literal span touches [begin, end).
-  const auto free_of_literals = [&](size_t begin, size_t end) {
-    const auto next = std::partition_point(literal.begin(), literal.end(),
-                                           [&](const TextSpan& span) { return span.end <= begin; });
-    return next == literal.end() || next->begin >= end;
-  };
-
   const Borrowed scratch(d);
-  std::vector<TokenId> ids;
-  ids.reserve(text.size() / 4 + 8);
-  const auto take = [&](TokenId id) { ids.push_back(id); };
-  d.raw_added.split(
-      text, free_of_literals,
-      [&](std::string_view raw) {
-        std::string normal;
-        const auto offset = static_cast<size_t>(raw.data() - text.data());
-        std::string_view piece = raw;
-        if (!d.normalizer.empty()) piece = normal = d.normalizer.run(raw);
-        d.normalized_added.split(
-            piece,
-            [&](size_t begin, size_t end) {
-              // A normalizer moves what follows, so a piece counts as a whole.
-              return d.normalizer.empty() ? free_of_literals(offset + begin, offset + end)
-                                          : free_of_literals(offset, offset + raw.size());
-            },
-            [&](std::string_view words) {
-              d.pre_tokenizer.split(
-                  words, offset == 0 && words.data() == piece.data(),
-                  [&](std::string_view word) { d.bpe.encode(word, *scratch, ids); });
-            },
-            take);
-      },
-      take);
-  return ids;
+  CutIds out;
+  if (find_invalid_utf8(text)) {
+    // Repaired bytes moved what spans count: a text with any keeps all its control tokens literal.
+    const TextSpan all{0, std::string::npos};
+    d.encode(repair_utf8(text), 0, std::span(&all, literal.empty() ? 0u : 1u), *scratch, out.ids,
+             [](size_t) {});
+    for (const size_t cut : cuts) {
+      std::vector<TextSpan> before;
+      for (const TextSpan& span : literal)
+        if (span.begin < cut) before.push_back({span.begin, std::min(span.end, cut)});
+      const std::vector<TokenId> start = encode(text.substr(0, cut), before);
+      out.counts.push_back(begins_with(out.ids, start) ? std::optional(start.size())
+                                                       : std::nullopt);
+    }
+    return out;
+  }
+
+  // Where an added token ends, what stands before it has its ids whatever follows.
+  struct Anchor {
+    size_t byte, ids;
+  };
+  std::vector<Anchor> anchors = {{0, 0}};
+  out.ids.reserve(text.size() / 4 + 8);
+  d.encode(text, 0, literal, *scratch, out.ids, [&](size_t byte) {
+    if (!cuts.empty()) anchors.push_back({byte, out.ids.size()});
+  });
+  std::vector<TokenId> rest;
+  size_t anchor = 0;
+  for (const size_t cut : cuts) {
+    while (anchor + 1 < anchors.size() && anchors[anchor + 1].byte <= cut) ++anchor;
+    const auto [byte, count] = anchors[anchor];
+    rest.clear();
+    d.encode(text.substr(0, cut), byte, literal, *scratch, rest, [](size_t) {});
+    out.counts.push_back(begins_with(std::span(out.ids).subspan(count), rest)
+                             ? std::optional(count + rest.size())
+                             : std::nullopt);
+  }
+  return out;
 }
 
 std::vector<TextSpan> Tokenizer::control_spans(std::string_view text) const {
   std::vector<TextSpan> found;
   const Data& d = *data_;
-  const auto ignore = [](const auto&) {};
+  const auto ignore = [](const auto&...) {};
   const auto note = [&](size_t begin, size_t end) {
     found.push_back({begin, end});
     return false;
   };
-  d.raw_added.split(text, note, ignore, ignore);
+  d.raw_added.split(text, 0, note, ignore, ignore);
   if (!found.empty() || d.normalized_added.empty()) return found;
   // Those looked for in normalized text are found, their places are not: the whole text is.
   const std::string normal = d.normalizer.run(text);
-  d.normalized_added.split(normal, note, ignore, ignore);
+  d.normalized_added.split(normal, 0, note, ignore, ignore);
   if (!found.empty()) found = {{0, text.size()}};
   return found;
 }
@@ -255,10 +299,13 @@ std::string Tokenizer::decode(std::span<const TokenId> ids, bool with_specials) 
 }
 
 std::string Tokenizer::bytes_of(TokenId id) const {
-  if (!data_->in_range(id) || data_->is_hidden(id)) return "";
   std::string text;
-  data_->append_text(id, text);
+  append_bytes_of(id, text);
   return text;
+}
+
+void Tokenizer::append_bytes_of(TokenId id, std::string& text) const {
+  if (data_->in_range(id) && !data_->is_hidden(id)) data_->append_text(id, text);
 }
 
 std::string_view Tokenizer::piece(TokenId id) const {

@@ -48,6 +48,15 @@ class Tokenizer {
   // As above with `parse`, except that no control token is found where it would touch one of the
   // `literal` spans of the text, which stand in order and apart.
   std::vector<TokenId> encode(std::string_view text, std::span<const TextSpan> literal) const;
+  // Its ids, and how many of them each text.first(cut) has: none where that text alone has ids with
+  // which those of the whole do not begin. Only what follows the last added token before a cut is
+  // encoded again. `cuts` ascend and stand between characters.
+  struct CutIds {
+    std::vector<TokenId> ids;
+    std::vector<std::optional<size_t>> counts;  // one a cut
+  };
+  CutIds encode(std::string_view text, std::span<const TextSpan> literal,
+                std::span<const size_t> cuts) const;
   // Where `text` spells control tokens, in order.
   std::vector<TextSpan> control_spans(std::string_view text) const;
 
@@ -56,6 +65,7 @@ class Tokenizer {
   std::string decode(std::span<const TokenId> ids, bool with_specials = false) const;
   // Bytes of one token as they appear in text ("" for those that decode leaves out).
   std::string bytes_of(TokenId id) const;
+  void append_bytes_of(TokenId id, std::string& text) const;
   // The token as the vocabulary spells it: "Ġthe", "▁the", "<0x0A>".
   std::string_view piece(TokenId id) const;
   std::optional<TokenId> id_of(std::string_view piece) const;

@@ -62,6 +62,12 @@ struct Tokenizer::Data {
   mutable std::mutex pool_mutex;
   mutable std::vector<std::unique_ptr<Bpe::Scratch>> pool;
 
+  // Appends the ids of `text` from byte `from` on, where an added token ended or the text begins.
+  // on_added(byte) hears where each added token ends.
+  template <typename OnAdded>
+  void encode(std::string_view text, size_t from, std::span<const TextSpan> literal,
+              Bpe::Scratch& scratch, std::vector<TokenId>& ids, OnAdded&& on_added) const;
+
   // Derives what follows from the above: to be called last.
   void finish();
   TokenType type(TokenId id) const { return types[static_cast<size_t>(id)]; }

@@ -151,23 +151,6 @@ class ClassTable {
   std::vector<std::array<uint16_t, 256>> pages_;
 };
 
-// Whether NFC leaves `text` alone, by ranges that hold no decomposable, composing or combining
-// character: most text passes and is spared the slow way.
-bool is_surely_nfc(std::string_view text) {
-  while (!text.empty()) {
-    const Character c = first_character(text);
-    const bool safe =
-        c.code < 0x300 || (c.code >= 0xac00 && c.code <= 0xd7a3) ||
-        (c.code >= 0x4e00 && c.code <= 0x9fff) || (c.code >= 0x3041 && c.code <= 0x3096) ||
-        (c.code >= 0x309b && c.code <= 0x30ff) || (c.code >= 0x3001 && c.code <= 0x3029) ||
-        (c.code >= 0x2010 && c.code <= 0x2027) || (c.code >= 0x1f300 && c.code <= 0x1faff) ||
-        (c.code >= 0xff01 && c.code <= 0xffee) || (c.code >= 0x400 && c.code <= 0x482);
-    if (!safe) return false;
-    text.remove_prefix(c.bytes);
-  }
-  return true;
-}
-
 // Characters with a compatibility decomposition that Unicode gained after the tables that
 // `tokenizers` normalizes by (Unicode 9 to 11): it leaves them alone, and so must we.
 bool is_newer_than_tokenizers(char32_t c) {
@@ -189,13 +172,13 @@ std::string by_utf8proc(std::string_view text, int options) {
 
 }  // namespace
 
-uint16_t class_of(char32_t code) {
+uint16_t class_of_any(char32_t code) {
   static const ClassTable table;
   return table[code];
 }
 
 std::string normalize(std::string_view text, NormalForm form) {
-  if (form == NormalForm::nfc) return is_surely_nfc(text) ? std::string(text) : nfc(text);
+  if (form == NormalForm::nfc) return nfc(text);
   if (form == NormalForm::nfd) return by_utf8proc(text, UTF8PROC_DECOMPOSE);
   const int options =
       UTF8PROC_COMPAT | (form == NormalForm::nfkc ? UTF8PROC_COMPOSE : UTF8PROC_DECOMPOSE);

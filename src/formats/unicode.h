@@ -1,6 +1,7 @@
 // Unicode as tokenizers need it: the classes that their patterns name, and the normalization forms.
 // Data: utf8proc.
 #pragma once
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -48,7 +49,28 @@ inline Character last_character(std::string_view text) {
 }
 
 // Bits of CharClass; 0 for what has none of them (control, format, unassigned).
-uint16_t class_of(char32_t code);
+uint16_t class_of_any(char32_t code);
+// The same; most text is ASCII.
+inline uint16_t class_of(char32_t code) {
+  static constexpr std::array<uint16_t, 128> kAscii = [] {
+    std::array<uint16_t, 128> bits{};
+    const auto set = [&](char first, char last, unsigned classes) {
+      for (char c = first; c <= last; ++c)
+        bits[static_cast<size_t>(c)] = static_cast<uint16_t>(classes);
+    };
+    for (const char c : std::string_view("!\"#%&'()*,-./:;?@[\\]{}")) set(c, c, kPunctuation);
+    for (const char c : std::string_view("$+<=>^`|~")) set(c, c, kSymbol);
+    set('A', 'Z', kLetter | kUpperLike | kWord);
+    set('a', 'z', kLetter | kLowerLike | kWord);
+    set('0', '9', kNumber | kWord);
+    set('_', '_', kPunctuation | kWord);
+    set('\t', '\r', kSpace);
+    for (const char c : std::string_view("\n\r")) set(c, c, kSpace | kNewline);
+    set(' ', ' ', kSpace);
+    return bits;
+  }();
+  return code < kAscii.size() ? kAscii[code] : class_of_any(code);
+}
 
 enum class NormalForm { nfc, nfd, nfkc, nfkd };
 // `text` is valid UTF-8.

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <span>
 
 #include "base/text.h"
 #include "tune/preference_data.h"
@@ -79,12 +80,6 @@ class Lines {
   Style style_ = Style::plain;
 };
 
-bool is_stop(const ModelFiles& files, TokenId id) {
-  const std::vector<TokenId> more = files.tokenizer.stop_ids();
-  return std::find(files.stop_ids.begin(), files.stop_ids.end(), id) != files.stop_ids.end() ||
-         std::find(more.begin(), more.end(), id) != more.end();
-}
-
 std::string text_of(const Tokenizer& tokenizer, TokenId id) {
   return tokenizer.is_control(id) ? std::string(tokenizer.piece(id)) : tokenizer.bytes_of(id);
 }
@@ -131,7 +126,7 @@ std::string show_example(const ModelFiles& files, const ExampleView& e, const st
                          const ShowOptions& options) {
   const Tokenizer& tokenizer = files.tokenizer;
   const TokenId last = e.ids.back();
-  const bool ends = is_stop(files, last) && e.trained.back() != 0;
+  const bool ends = stops_of(files)[static_cast<size_t>(last)] && e.trained.back() != 0;
   std::string end =
       ends ? fmt::format("ends with {}, learnt", tokenizer.piece(last)) : "no end token learnt";
   std::string out = wrap_to_width(fmt::format("--- {} line {}: {} tokens, {} learnt, {}", file,
@@ -166,65 +161,110 @@ std::string show_example(const ModelFiles& files, const ExampleView& e, const st
   return out + wrap_to_width(ids, options.width, 4);
 }
 
-DataReport report_of(const ModelFiles& files, const Examples& examples) {
-  const Tokenizer& tokenizer = files.tokenizer;
-  DataReport r;
+namespace {
+
+// What examples add up to that are looked at together.
+struct Oddities {
   ExampleStats stats;
+  uint64_t ends_learnt = 0, double_bos = 0, cut_characters = 0, spelled = 0;
   uint64_t syllables = 0, hangul_tokens = 0;
-  for (size_t i = 0; i < examples.size(); ++i) {
-    const ExampleView e = examples[i];
-    stats.add(e.ids.size(), e.learnt);
-    r.ends_learnt += e.trained.back() != 0 && is_stop(files, e.ids.back());
-    const std::optional<TokenId> bos = tokenizer.bos();
-    r.double_bos += bos && e.ids.size() > 1 && e.ids[0] == *bos && e.ids[1] == *bos;
 
-    // The whole text, where each token begins in it, and where its characters do.
-    std::string text;
-    std::vector<size_t> begins;
-    bool controls = false;
-    for (const TokenId id : e.ids) {
-      begins.push_back(text.size());
-      const bool control = tokenizer.is_control(id);
-      controls = controls || control;
-      text += control ? std::string(1, '\n') : tokenizer.bytes_of(id);
-    }
-    bool cut = find_invalid_utf8(text).has_value();
-    for (size_t t = 1; t < e.ids.size(); ++t)
-      cut = cut || (e.trained[t] != e.trained[t - 1] && !between_characters(text, begins[t]));
-    r.cut_characters += cut;
-    r.spelled += !tokenizer.control_spans(text).empty();
-
-    if (i >= kSampled) continue;
-    size_t token = 0, counted = e.ids.size();  // the last token that counts as Hangul
-    for (size_t at = 0; at < text.size();) {
-      const CodePoint c = code_point_at(text, at);
-      if (c.value >= 0xAC00 && c.value <= 0xD7A3) {
-        ++syllables;
-        while (token + 1 < begins.size() && begins[token + 1] <= at) ++token;
-        for (size_t t = token; t < begins.size() && begins[t] < at + c.bytes; ++t) {
-          if (t == counted) continue;
-          counted = t;
-          ++hangul_tokens;
-        }
-      }
-      at += c.bytes;
-    }
+  void add(const Oddities& more) {
+    stats.tokens += more.stats.tokens;
+    stats.learnt += more.stats.learnt;
+    for (const auto& [length, count] : more.stats.lengths) stats.lengths[length] += count;
+    ends_learnt += more.ends_learnt;
+    double_bos += more.double_bos;
+    cut_characters += more.cut_characters;
+    spelled += more.spelled;
+    syllables += more.syllables;
+    hangul_tokens += more.hangul_tokens;
   }
-  r.tokens = stats.tokens;
-  r.learnt = stats.learnt;
-  r.longest = stats.longest();
+};
+
+// Korean syllables of a text, and the tokens that have a part in them.
+void count_hangul(std::string_view text, std::span<const size_t> begins, Oddities& out) {
+  size_t token = 0, counted = begins.size();  // the last token that counts
+  for (size_t at = 0; at < text.size();) {
+    const CodePoint c = code_point_at(text, at);
+    if (c.value >= 0xAC00 && c.value <= 0xD7A3) {
+      ++out.syllables;
+      while (token + 1 < begins.size() && begins[token + 1] <= at) ++token;
+      for (size_t t = token; t < begins.size() && begins[t] < at + c.bytes; ++t) {
+        if (t == counted) continue;
+        counted = t;
+        ++out.hangul_tokens;
+      }
+    }
+    at += c.bytes;
+  }
+}
+
+void look_at(const Tokenizer& tokenizer, const std::vector<bool>& stops, const ExampleView& e,
+             bool sampled, Oddities& out) {
+  out.stats.add(e.ids.size(), e.learnt);
+  out.ends_learnt += e.trained.back() != 0 && stops[static_cast<size_t>(e.ids.back())];
+  const std::optional<TokenId> bos = tokenizer.bos();
+  out.double_bos += bos && e.ids.size() > 1 && e.ids[0] == *bos && e.ids[1] == *bos;
+
+  // The whole text, and where each token begins in it.
+  std::string text;
+  std::vector<size_t> begins;
+  begins.reserve(e.ids.size());
+  for (const TokenId id : e.ids) {
+    begins.push_back(text.size());
+    if (tokenizer.is_control(id))
+      text += '\n';
+    else
+      tokenizer.append_bytes_of(id, text);
+  }
+  bool cut = find_invalid_utf8(text).has_value();
+  for (size_t t = 1; t < e.ids.size(); ++t)
+    cut = cut || (e.trained[t] != e.trained[t - 1] && !between_characters(text, begins[t]));
+  out.cut_characters += cut;
+  out.spelled += !tokenizer.control_spans(text).empty();
+  if (sampled) count_hangul(text, begins, out);
+}
+
+}  // namespace
+
+DataReport report_of(Pool& pool, const ModelFiles& files, const Examples& examples) {
+  const Tokenizer& tokenizer = files.tokenizer;
+  const std::vector<bool> stops = stops_of(files);
+  Oddities all;
+  constexpr size_t kTogether = 256, kItems = 256;
+  for (size_t first = 0; first < examples.size(); first += kTogether * kItems) {
+    const size_t count = std::min(kTogether * kItems, examples.size() - first);
+    std::vector<Oddities> parts((count + kTogether - 1) / kTogether);
+    pool.each(parts.size(), [&](size_t item) {
+      const size_t begin = first + item * kTogether,
+                   end = std::min(first + count, begin + kTogether);
+      for (size_t i = begin; i < end; ++i)
+        look_at(tokenizer, stops, examples[i], i < kSampled, parts[item]);
+    });
+    for (const Oddities& part : parts) all.add(part);
+  }
+  DataReport r;
+  r.tokens = all.stats.tokens;
+  r.learnt = all.stats.learnt;
+  r.longest = all.stats.longest();
+  r.ends_learnt = all.ends_learnt;
+  r.double_bos = all.double_bos;
+  r.cut_characters = all.cut_characters;
+  r.spelled = all.spelled;
   // The length of which so many examples are shorter, or as long.
   const auto quantile = [&](uint64_t rank) {
-    auto l = stats.lengths.begin();
-    while (l != stats.lengths.end() && rank >= l->second) rank -= (l++)->second;
-    return l == stats.lengths.end() ? 0 : l->first;
+    auto l = all.stats.lengths.begin();
+    while (l != all.stats.lengths.end() && rank >= l->second) rank -= (l++)->second;
+    return l == all.stats.lengths.end() ? 0 : l->first;
   };
   r.median = quantile(examples.size() / 2);
   r.p95 = quantile(examples.size() * 95 / 100);
   const std::vector<bool> first = first_of_each(examples);
   r.duplicates = static_cast<uint64_t>(std::count(first.begin(), first.end(), false));
-  if (syllables != 0)
-    r.tokens_per_hangul = static_cast<double>(hangul_tokens) / static_cast<double>(syllables);
+  if (all.syllables != 0)
+    r.tokens_per_hangul =
+        static_cast<double>(all.hangul_tokens) / static_cast<double>(all.syllables);
   return r;
 }
 

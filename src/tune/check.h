@@ -41,7 +41,7 @@ struct DataReport {
   uint64_t duplicates = 0;
   double tokens_per_hangul = 0;  // of the syllables; 0 where there are none
 };
-DataReport report_of(const ModelFiles& files, const Examples& examples);
+DataReport report_of(Pool& pool, const ModelFiles& files, const Examples& examples);
 
 // Both, and the rows that were left out and why: lines of at most `width` columns.
 std::string show_report(const ModelFiles& files, const LoadedExamples& data,

@@ -18,26 +18,22 @@ using nlohmann::ordered_json;
 // Streams of the seed; adapters use those from 0.
 constexpr uint64_t kOrderStream = uint64_t{1} << 32;
 
-uint64_t hash_of(std::string_view text) {
-  return std::stoull(sha256(text).substr(0, 16), nullptr, 16);
+// Whether every text of `value` is in composed form.
+bool is_composed(const ordered_json& value) {
+  if (value.is_string()) {
+    const std::string& text = value.get_ref<const std::string&>();
+    return nfc(text) == text;
+  }
+  return !value.is_structured() || std::all_of(value.begin(), value.end(), is_composed);
 }
 
-// Every text of `value` in composed form, if `change`; whether one was not.
-bool compose(ordered_json& value, bool change) {
+void compose(ordered_json& value) {
   if (value.is_string()) {
     std::string& text = value.get_ref<std::string&>();
-    const bool plain = std::all_of(text.begin(), text.end(),
-                                   [](char c) { return static_cast<unsigned char>(c) < 0x80; });
-    if (plain) return false;
-    std::string composed = nfc(text);
-    if (composed == text) return false;
-    if (change) text = std::move(composed);
-    return true;
+    text = nfc(text);
   }
-  bool any = false;
   if (value.is_structured())
-    for (ordered_json& item : value) any = compose(item, change) || any;
-  return any;
+    for (ordered_json& item : value) compose(item);
 }
 
 // Length of the longest common start that ends between characters.
@@ -69,6 +65,14 @@ uint64_t Dataset::trained_tokens() const {
   return n;
 }
 
+std::vector<bool> stops_of(const ModelFiles& files) {
+  std::vector<bool> stops(files.tokenizer.vocab_size());
+  for (const std::vector<TokenId>& ids : {files.stop_ids, files.tokenizer.stop_ids()})
+    for (const TokenId id : ids)
+      if (id >= 0 && static_cast<size_t>(id) < stops.size()) stops[static_cast<size_t>(id)] = true;
+  return stops;
+}
+
 ExampleMaker::ExampleMaker(const ModelFiles& files, DataOptions options)
     : files_(&files), options_(std::move(options)) {
   if (options_.prompt_column.empty() != options_.completion_column.empty())
@@ -87,12 +91,7 @@ ExampleMaker::ExampleMaker(const ModelFiles& files, DataOptions options)
     options_.format.columns.prompt = options_.prompt_column;
     options_.format.columns.response = options_.completion_column;
   }
-  stops_.assign(files.tokenizer.vocab_size(), false);
-  const auto mark = [&](TokenId id) {
-    if (id >= 0 && static_cast<size_t>(id) < stops_.size()) stops_[static_cast<size_t>(id)] = true;
-  };
-  for (const TokenId id : files.stop_ids) mark(id);
-  for (const TokenId id : files.tokenizer.stop_ids()) mark(id);
+  stops_ = stops_of(files);
 }
 
 void ExampleMaker::add(const Row& row, Dataset& into) const {
@@ -102,13 +101,16 @@ void ExampleMaker::add(const Row& row, Dataset& into) const {
     into.problems.push_back({row.line, std::move(field), std::move(what)});
   };
   try {
-    ordered_json value = row.value;
-    if (compose(value, options_.nfc)) ++into.counts.not_nfc;
-    TrainingRow read = read_row(value, options_.format);
+    ordered_json composed;
+    if (!is_composed(row.value)) {
+      ++into.counts.not_nfc;
+      if (options_.nfc) compose(composed = row.value);
+    }
+    TrainingRow read = read_row(composed.is_null() ? row.value : composed, options_.format);
     switch (read.kind) {
       case TrainingRow::Kind::text:
         return add_segments({read.text, {}}, {{{read.text.size(), Learnt::answer}}}, row.line,
-                            hash_of(read.text), into);
+                            short_sha256(read.text), into);
       case TrainingRow::Kind::conversation:
         if (!options_.system.empty() && read.messages.front()["role"] != "system")
           read.messages.insert(
@@ -130,7 +132,7 @@ void ExampleMaker::add(const Row& row, Dataset& into) const {
 
 void ExampleMaker::add_conversation(const ordered_json& messages, const ordered_json& tools,
                                     uint64_t line, Dataset& into) const {
-  const uint64_t hash = hash_of(prompt_text(messages));
+  const uint64_t hash = short_sha256(prompt_text(messages));
   std::vector<size_t> answers;
   for (size_t i = 0; i < messages.size(); ++i)
     if (messages[i]["role"] == "assistant") answers.push_back(i);
@@ -203,14 +205,13 @@ void ExampleMaker::add_segments(const PromptText& whole, std::span<const Segment
 
   // Ids of the whole text if each segment's start falls between its tokens as it does when the
   // model is asked; otherwise the segments' own ids.
-  const std::vector<TokenId> all = encode(tokenizer, whole);
+  std::vector<size_t> cuts;
+  for (const Segment& segment : segments.first(segments.size() - 1)) cuts.push_back(segment.end);
+  const auto [all, counts] = tokenizer.encode(whole.text, whole.literal, cuts);
   std::vector<size_t> ends;
-  bool agrees = true;
-  for (size_t i = 0; i + 1 < segments.size() && agrees; ++i) {
-    const std::vector<TokenId> ids = encode(tokenizer, whole.first(segments[i].end));
-    agrees = ids.size() <= all.size() && std::equal(ids.begin(), ids.end(), all.begin());
-    ends.push_back(ids.size());
-  }
+  for (const std::optional<size_t>& count : counts)
+    if (count) ends.push_back(*count);
+  const bool agrees = ends.size() == cuts.size();
   ends.push_back(all.size());
   size_t done = 0;
   for (size_t i = 0; i < segments.size(); ++i) {

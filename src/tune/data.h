@@ -74,6 +74,9 @@ struct Dataset {
   uint64_t trained_tokens() const;
 };
 
+// By id: whether it ends an answer.
+std::vector<bool> stops_of(const ModelFiles& files);
+
 // Renders and tokenises. Makes examples of single rows, for files and for callers with rows in
 // hand.
 class ExampleMaker {

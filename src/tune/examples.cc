@@ -6,7 +6,10 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <utility>
 
 #include "base/error.h"
 #include "base/files.h"
@@ -40,8 +43,7 @@ uint64_t content_hash(const Example& e) {
   std::vector<uint32_t> packed(e.ids.size());
   for (size_t i = 0; i < packed.size(); ++i)
     packed[i] = static_cast<uint32_t>(e.ids[i]) | uint32_t{e.trained[i]} << 31;
-  const std::string hex = sha256(std::as_bytes(std::span(packed)));
-  return std::stoull(hex.substr(0, 16), nullptr, 16);
+  return short_sha256(std::as_bytes(std::span(packed)));
 }
 
 size_t padded(size_t bytes) { return (bytes + 3) / 4 * 4; }
@@ -142,11 +144,11 @@ class Examples::Store {
     limit_ = limit;
   }
   size_t limit() const { return limit_; }
-  void add(const Example& e, uint32_t source) {
+  void add(const Example& e, uint64_t content, uint32_t source) {
     const Record record{
         .place = size_,
         .prompt_hash = e.hash,
-        .content_hash = content_hash(e),
+        .content_hash = content,
         .tokens = static_cast<uint32_t>(e.ids.size()),
         .learnt = static_cast<uint32_t>(e.trained_tokens()),
         .line = static_cast<uint32_t>(std::min<uint64_t>(e.line, UINT32_MAX)),
@@ -265,7 +267,7 @@ Examples::Examples(std::shared_ptr<const Store> store)
 
 Examples::Examples(std::span<const Example> examples) {
   auto store = std::make_shared<Store>();
-  for (const Example& e : examples) store->add(e, static_cast<uint32_t>(e.source));
+  for (const Example& e : examples) store->add(e, content_hash(e), static_cast<uint32_t>(e.source));
   *this = Examples(std::move(store));
 }
 
@@ -364,6 +366,80 @@ class Account {
   uint64_t noted_ = 0;
 };
 
+// The rows of a source in batches that take up about as much memory each.
+class Batches {
+ public:
+  Batches(const DataSource& from, bool raw_text) : reader_(from.path, raw_text) {}
+
+  struct Batch {
+    std::vector<Row> rows;
+    std::vector<RowProblem> problems;  // that were met on the way
+    bool last = false;
+  };
+  Batch next() {
+    Batch batch;
+    size_t bytes = 0;
+    while (batch.rows.size() < kBatchRows && bytes < kBatchBytes) {
+      std::optional<Row> row = reader_.next();
+      if (!row) {
+        batch.last = true;
+        break;
+      }
+      bytes += row->bytes;
+      batch.rows.push_back(std::move(*row));
+    }
+    for (; told_ < reader_.problems().size(); ++told_)
+      batch.problems.push_back(reader_.problems()[told_]);
+    return batch;
+  }
+
+ private:
+  SourceReader reader_;
+  size_t told_ = 0;  // of the reader's problems
+};
+
+// Reads one source: make(row) gives what a row becomes, on any thread; take(it, row's number) has
+// that of all rows in order, account the rows. While rows are made the next ones are read.
+template <typename Make, typename Take>
+void each_row(Pool& pool, const LoadExamples& request, const DataSource& from,
+              uint64_t& rows_before, Account& account, Make&& make, Take&& take) {
+  Batches batches(from, request.raw_text);
+  using Made = decltype(make(std::declval<const Row&>()));
+  Batches::Batch batch = batches.next();
+  for (;;) {
+    Batches::Batch next;
+    std::exception_ptr unread;  // what is read so far is told first
+    std::vector<std::optional<Made>> made(batch.rows.size());
+    constexpr size_t kTogether = 8;
+    pool.each(1 + (batch.rows.size() + kTogether - 1) / kTogether, [&](size_t item) {
+      if (item == 0) {
+        if (batch.last) return;
+        try {
+          next = batches.next();
+        } catch (...) {
+          unread = std::current_exception();
+        }
+        return;
+      }
+      const size_t end = std::min(batch.rows.size(), item * kTogether);
+      for (size_t i = (item - 1) * kTogether; i < end; ++i) {
+        made[i].emplace(make(batch.rows[i]));
+        batch.rows[i].value = nullptr;
+      }
+    });
+    for (const RowProblem& problem : batch.problems) {
+      account.add({.rows = 1, .bad = 1});
+      account.note(from.path, problem);
+    }
+    for (std::optional<Made>& one : made) take(*one);
+    rows_before += batch.rows.size();
+    if (request.progress) request.progress(rows_before);
+    if (unread) std::rethrow_exception(unread);
+    if (batch.last) return;
+    batch = std::move(next);
+  }
+}
+
 // Reads one source into the store; returns how many examples it gave.
 uint64_t load_source(Pool& pool, const ModelFiles& files, const LoadExamples& request,
                      size_t source, Account& account, uint64_t& rows_before,
@@ -373,50 +449,29 @@ uint64_t load_source(Pool& pool, const ModelFiles& files, const LoadExamples& re
   if (options.prompt_column.empty()) options.format = from.format;
   std::optional<ExampleMaker> maker;
   if (!request.raw_text) maker.emplace(files, options);
-  SourceReader reader(from.path, request.raw_text);
-  std::vector<Row> batch;
-  std::vector<Dataset> made;
+  struct Made {
+    Dataset data;
+    std::vector<uint64_t> contents;  // hashes of its examples
+  };
   uint64_t examples = 0;
-  size_t told = 0;  // of the reader's problems
-  for (bool more = true; more;) {
-    batch.clear();
-    size_t bytes = 0;
-    while (batch.size() < kBatchRows && bytes < kBatchBytes) {
-      std::optional<Row> row = reader.next();
-      if (!row) {
-        more = false;
-        break;
-      }
-      bytes += row->bytes;
-      batch.push_back(std::move(*row));
-    }
-    made.assign(batch.size(), {});
-    constexpr size_t kTogether = 8;
-    pool.each((batch.size() + kTogether - 1) / kTogether, [&](size_t item) {
-      const size_t end = std::min(batch.size(), (item + 1) * kTogether);
-      for (size_t i = item * kTogether; i < end; ++i) {
+  each_row(
+      pool, request, from, rows_before, account,
+      [&](const Row& row) {
+        Made made;
         if (maker)
-          maker->add(batch[i], made[i]);
+          maker->add(row, made.data);
         else
-          add_text(files, options, batch[i], made[i]);
-        batch[i].value = nullptr;
-      }
-    });
-    for (; told < reader.problems().size(); ++told) {
-      account.add({.rows = 1, .bad = 1});
-      account.note(from.path, reader.problems()[told]);
-    }
-    for (const Dataset& one : made) {
-      account.add(one.counts);
-      for (const RowProblem& problem : one.problems) account.note(from.path, problem);
-      for (const Example& e : one.examples) {
-        store.add(e, static_cast<uint32_t>(source));
-        ++examples;
-      }
-    }
-    rows_before += batch.size();
-    if (request.progress) request.progress(rows_before);
-  }
+          add_text(files, options, row, made.data);
+        for (const Example& e : made.data.examples) made.contents.push_back(content_hash(e));
+        return made;
+      },
+      [&](const Made& made) {
+        account.add(made.data.counts);
+        for (const RowProblem& problem : made.data.problems) account.note(from.path, problem);
+        for (size_t i = 0; i < made.data.examples.size(); ++i)
+          store.add(made.data.examples[i], made.contents[i], static_cast<uint32_t>(source));
+        examples += made.data.examples.size();
+      });
   return examples;
 }
 

@@ -19,7 +19,7 @@ void add_document(const ModelFiles& files, const DataOptions& options, std::stri
     ids.insert(ids.begin(), *tokenizer.bos());
   if (const auto eos = tokenizer.eos(); eos && (ids.empty() || ids.back() != *eos))
     ids.push_back(*eos);
-  const uint64_t hash = std::stoull(sha256(text).substr(0, 16), nullptr, 16);
+  const uint64_t hash = short_sha256(text);
   for (size_t at = 0; at < ids.size(); at += options.max_length) {
     const size_t count = std::min(options.max_length, ids.size() - at);
     if (count < 2) {  // a single token has nothing to be learnt from

@@ -205,6 +205,54 @@ TEST_CASE("what a user typed never becomes a control token") {
   CHECK(Tokenizer::from_gguf(m).encode("ca") == Ids{1});
 }
 
+TEST_CASE("ids of the beginnings of a text are those that each alone has, or none") {
+  const uint64_t seed = std::random_device()();
+  CAPTURE(seed);
+  std::mt19937_64 random(seed);
+  const std::vector<std::string> pieces = {
+      "<|im_end|>", "<tool>", "<too", "cat", "é!",  "e\u0301!", " ",  "\n", "hello",
+      " world",     "a",      "aa",   "l",   "123", "가",       "<|", "l>", "\xff"};
+  const Tokenizer bytes = tokenizer_of(tiny_bytes());
+  const Tokenizer spm = Tokenizer::from_gguf(tiny_sentencepiece(true));
+  size_t agreed = 0, apart = 0;
+  for (int i = 0; i < 4000; ++i) {
+    std::string text;
+    std::vector<size_t> borders = {0};
+    // Broken bytes in a few of them.
+    const size_t known = pieces.size() - (i % 16 == 0 ? 0 : 1);
+    for (size_t n = random() % 12; n > 0; --n) {
+      text += pieces[random() % known];
+      borders.push_back(text.size());
+    }
+    std::vector<size_t> cuts;
+    std::vector<TextSpan> literal;
+    for (const size_t border : borders) {
+      if (random() % 2 == 0) cuts.push_back(border);
+      const size_t from = literal.empty() ? 0 : literal.back().end;
+      if (random() % 4 == 0 && border > from) literal.push_back({from, border});
+    }
+    CAPTURE(text);
+    for (const Tokenizer* t : {&bytes, &spm}) {
+      const auto [ids, counts] = t->encode(text, literal, cuts);
+      CHECK(ids == t->encode(text, literal));
+      REQUIRE(counts.size() == cuts.size());
+      for (size_t c = 0; c < cuts.size(); ++c) {
+        CAPTURE(cuts[c]);
+        std::vector<TextSpan> before;
+        for (const TextSpan& span : literal)
+          if (span.begin < cuts[c]) before.push_back({span.begin, std::min(span.end, cuts[c])});
+        const Ids alone = t->encode(std::string_view(text).substr(0, cuts[c]), before);
+        const bool begins =
+            alone.size() <= ids.size() && std::equal(alone.begin(), alone.end(), ids.begin());
+        CHECK(counts[c] == (begins ? std::optional(alone.size()) : std::nullopt));
+        ++(begins ? agreed : apart);
+      }
+    }
+  }
+  CHECK(agreed > 1000);
+  CHECK(apart > 100);
+}
+
 TEST_CASE("each pre-tokenizer cuts text as its pattern does") {
   // Words as Hugging Face tokenizers 0.23 cuts them, with | between.
   const std::vector<std::string> texts = {"I'll PAY'LL 1234567 won, it's 3.14!\r\n\n  x\ty   ",
@@ -300,6 +348,7 @@ TEST_CASE("characters have the classes that patterns name, also those of Unicode
   CHECK(class_of(0x2ebf0) == (kLetter | kUpperLike | kLowerLike | kWord));
   CHECK(class_of(0x0378) == 0);
   CHECK(class_of(0x110000) == 0);
+  for (char32_t c = 0; c < 0x80; ++c) CHECK(class_of(c) == class_of_any(c));
 }
 
 TEST_CASE("splits keep, drop and join matches as their behaviour says") {

@@ -22,6 +22,11 @@ LoadedExamples load(const TempDir& dir, const std::string& rows, DataOptions opt
   return load_examples(pool, model(), request);
 }
 
+DataReport report(const LoadedExamples& data) {
+  Pool pool(2);
+  return report_of(pool, model(), data.examples);
+}
+
 std::string without_colour(std::string text) {
   for (size_t at; (at = text.find('\033')) != std::string::npos;)
     text.erase(at, text.find('m', at) - at + 1);
@@ -129,7 +134,7 @@ TEST_CASE("nothing is wider than the terminal, and nothing of a row acts on it")
         CHECK(without_colour(shown).find("\033") == std::string::npos);
         CHECK(shown.find("\033[31m") == std::string::npos);
       }
-      check_width(show_report(model(), data, report_of(model(), data.examples), width), width);
+      check_width(show_report(model(), data, report(data), width), width);
     }
   }
 }
@@ -137,7 +142,7 @@ TEST_CASE("nothing is wider than the terminal, and nothing of a row acts on it")
 TEST_CASE("what is odd about a data set is counted") {
   const TempDir dir;
   const LoadedExamples data = load(dir, kRows);
-  const DataReport r = report_of(model(), data.examples);
+  const DataReport r = report(data);
   CHECK(r.duplicates == 1);
   CHECK(r.spelled == 1);
   CHECK(r.ends_learnt == 4);
@@ -159,8 +164,8 @@ TEST_CASE("examples that never learn to end, and cuts inside characters, are tol
                                    {.plain_template = "{prompt}{completion}",
                                     .max_length = 4,
                                     .truncation = Truncation::keep_end});
-  CHECK(report_of(model(), data.examples).cut_characters == 1);
+  CHECK(report(data).cut_characters == 1);
   const LoadedExamples endless = load(dir, "{\"prompt\": \"x\", \"completion\": \"abcdef\"}\n",
                                       {.plain_template = "{prompt}{completion}", .max_length = 4});
-  CHECK(report_of(model(), endless.examples).ends_learnt == 0);
+  CHECK(report(endless).ends_learnt == 0);
 }

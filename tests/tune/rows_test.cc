@@ -451,6 +451,37 @@ TEST_CASE(
   CHECK(error_from([&] { load(request); }).kind() == ErrorKind::bad_input);
 }
 
+TEST_CASE("rows of many batches come in order, bad ones too, for any number of threads") {
+  const TempDir dir;
+  std::string lines;
+  for (int i = 0; i < 5000; ++i)
+    lines += i % 1000 == 7 ? "{broken\n"
+             : i % 1000 == 9
+                 ? "{\"prompt\": 1}\n"
+                 : fmt::format("{{\"prompt\": \"{}\", \"completion\": \"{}\"}}\n", i, i * i);
+  const LoadExamples request{.sources = {{.path = dir.file("rows.jsonl", lines)}}};
+  for (const size_t threads : {1, 3}) {
+    CAPTURE(threads);
+    Pool pool(threads);
+    const LoadedExamples data = load_examples(pool, model(), request);
+    CHECK(data.counts.rows == 5000);
+    CHECK(data.counts.bad == 10);
+    REQUIRE(data.problems.size() == 10);
+    REQUIRE(data.examples.size() == 4990);
+    uint64_t line = 0;
+    for (size_t i = 0; i < data.examples.size(); ++i) {
+      const ExampleView e = data.examples[i];
+      REQUIRE(e.line > line);
+      line = e.line;
+      REQUIRE(text_of(e).find(fmt::format("{}", (line - 1) * (line - 1))) != std::string::npos);
+    }
+    LoadExamples strict = request;
+    strict.max_bad = 3;
+    CHECK(error_from([&] { load_examples(pool, model(), strict); }).where().find("line 8") !=
+          std::string::npos);
+  }
+}
+
 TEST_CASE("splits, mixtures and what is learnt once are the same lists in memory and in files") {
   const TempDir dir;
   std::string lines, more;
