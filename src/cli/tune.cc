@@ -164,10 +164,11 @@ void print_check(const TuneOptions& o, size_t count) {
   remove_examples(request.spill);  // what is mapped stays readable
   const ShowOptions show{.colour = wants_colour(STDOUT_FILENO),
                          .width = terminal_width(STDOUT_FILENO)};
-  for (size_t i = 0; i < std::min(count * checked.a_row, data.examples.size()); ++i) {
+  for (size_t i = 0; i < std::min(count * checked.a_row(), data.examples.size()); ++i) {
     const ExampleView e = data.examples[i];
     std::string name = o.data[e.source].path.filename().string();
-    if (!checked.answers.empty()) name += fmt::format(" ({})", checked.answers[i]);
+    if (const std::string_view answer = checked.answer(i); !answer.empty())
+      name += fmt::format(" ({})", answer);
     fmt::print("{}\n", show_example(files, e, name, show));
   }
   fmt::print("{}", show_report(files, data, report_of(pool, files, data.examples), show.width));

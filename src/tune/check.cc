@@ -93,33 +93,16 @@ bool between_characters(std::string_view text, size_t at) {
 
 CheckedExamples load_checked(Pool& pool, const ModelFiles& files, Method method,
                              LoadExamples request) {
-  CheckedExamples checked;
-  std::vector<Example> examples;
-  const auto keep = [&](auto&& loaded) {
-    checked.data.examples = Examples(examples);
-    checked.data.counts = loaded.counts;
-    checked.data.problems = loaded.problems;
-  };
-  if (method == Method::dpo) {
-    const auto pairs = load_pairs(files, request);
-    for (const PreferenceExample& pair : pairs.examples) {
-      examples.insert(examples.end(), {pair.chosen, pair.rejected});
-      checked.answers.insert(checked.answers.end(), {"chosen", "rejected"});
-    }
-    checked.a_row = 2;
-    keep(pairs);
-  } else if (method == Method::kto) {
-    const auto labelled = load_labelled(files, request);
-    for (const LabelledExample& e : labelled.examples) {
-      examples.push_back(e.example);
-      checked.answers.push_back(e.desirable ? "wanted" : "not wanted");
-    }
-    keep(labelled);
-  } else {
-    request.raw_text = method == Method::text;
-    checked.data = load_examples(pool, files, request);
-  }
-  return checked;
+  request.raw_text = method == Method::text;
+  return {method, method == Method::dpo   ? load_pairs(pool, files, request)
+                  : method == Method::kto ? load_labelled(pool, files, request)
+                                          : load_examples(pool, files, request)};
+}
+
+std::string_view CheckedExamples::answer(size_t i) const {
+  if (method == Method::dpo) return i % 2 == 0 ? "chosen" : "rejected";
+  if (method != Method::kto) return {};
+  return LabelledList(data.examples)[i].desirable ? "wanted" : "not wanted";
 }
 
 std::string show_example(const ModelFiles& files, const ExampleView& e, const std::string& file,

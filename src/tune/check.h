@@ -13,9 +13,12 @@ namespace moru {
 
 // What a method learns from: of a pair both answers, one after the other.
 struct CheckedExamples {
+  Method method = Method::sft;
   LoadedExamples data;
-  std::vector<std::string_view> answers;  // by example: "chosen", "not wanted" …; empty: plain ones
-  size_t a_row = 1;                       // examples of a row
+
+  size_t a_row() const { return method == Method::dpo ? 2 : 1; }  // examples of a row
+  // "chosen", "not wanted" …; empty for plain ones.
+  std::string_view answer(size_t i) const;
 };
 // Errors: as load_examples, load_pairs and load_labelled.
 CheckedExamples load_checked(Pool& pool, const ModelFiles& files, Method method,

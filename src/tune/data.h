@@ -50,6 +50,8 @@ struct Example {
   uint64_t line = 0;             // of the file
   size_t source = 0;             // which of the data sources
   uint64_t hash = 0;             // of the prompt's text: equal prompts stay on one side of a split
+  uint64_t content = 0;          // of ids and mask; 0: not taken yet
+  uint32_t mark = 0;             // what its method says of it: preference_data.h
 
   size_t trained_tokens() const;  // those with something before them
 };

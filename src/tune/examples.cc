@@ -34,17 +34,11 @@ struct Record {
   uint64_t prompt_hash, content_hash;
   uint32_t tokens, learnt;
   uint32_t line;  // saturated
-  uint32_t source;
+  uint32_t source, mark;
+  uint32_t unused = 0;
 };
-static_assert(sizeof(Record) == 40);
-
-uint64_t content_hash(const Example& e) {
-  // Sign bits are free in ids: they take the mask.
-  std::vector<uint32_t> packed(e.ids.size());
-  for (size_t i = 0; i < packed.size(); ++i)
-    packed[i] = static_cast<uint32_t>(e.ids[i]) | uint32_t{e.trained[i]} << 31;
-  return short_sha256(std::as_bytes(std::span(packed)));
-}
+static_assert(sizeof(Record) == 48);
+constexpr int kLayout = 2;  // of the files
 
 size_t padded(size_t bytes) { return (bytes + 3) / 4 * 4; }
 
@@ -76,6 +70,14 @@ std::filesystem::path with_ending(std::filesystem::path name, const char* ending
 }
 
 }  // namespace
+
+uint64_t content_hash(const Example& e) {
+  // Sign bits are free in ids: they take the mask.
+  std::vector<uint32_t> packed(e.ids.size());
+  for (size_t i = 0; i < packed.size(); ++i)
+    packed[i] = static_cast<uint32_t>(e.ids[i]) | uint32_t{e.trained[i]} << 31;
+  return short_sha256(std::as_bytes(std::span(packed)));
+}
 
 namespace {
 
@@ -144,15 +146,16 @@ class Examples::Store {
     limit_ = limit;
   }
   size_t limit() const { return limit_; }
-  void add(const Example& e, uint64_t content, uint32_t source) {
+  void add(const Example& e) {
     const Record record{
         .place = size_,
         .prompt_hash = e.hash,
-        .content_hash = content,
+        .content_hash = e.content,
         .tokens = static_cast<uint32_t>(e.ids.size()),
         .learnt = static_cast<uint32_t>(e.trained_tokens()),
         .line = static_cast<uint32_t>(std::min<uint64_t>(e.line, UINT32_MAX)),
-        .source = source,
+        .source = static_cast<uint32_t>(e.source),
+        .mark = e.mark,
     };
     const size_t id_bytes = e.ids.size() * sizeof(TokenId);
     const size_t bytes = padded(id_bytes + e.trained.size());
@@ -267,7 +270,10 @@ Examples::Examples(std::shared_ptr<const Store> store)
 
 Examples::Examples(std::span<const Example> examples) {
   auto store = std::make_shared<Store>();
-  for (const Example& e : examples) store->add(e, content_hash(e), static_cast<uint32_t>(e.source));
+  for (Example e : examples) {
+    e.content = content_hash(e);
+    store->add(e);
+  }
   *this = Examples(std::move(store));
 }
 
@@ -275,14 +281,15 @@ namespace {
 
 // Nothing of the tokens is read yet.
 ExampleView view_of(const Record& r, const std::byte* values) {
-  return {.ids = {reinterpret_cast<const TokenId*>(values), r.tokens},
-          .trained = {reinterpret_cast<const uint8_t*>(values + r.tokens * sizeof(TokenId)),
-                      r.tokens},
-          .line = r.line,
-          .source = r.source,
-          .hash = r.prompt_hash,
-          .content = r.content_hash,
-          .learnt = r.learnt};
+  return {
+      .ids = {reinterpret_cast<const TokenId*>(values), r.tokens},
+      .trained = {reinterpret_cast<const uint8_t*>(values + r.tokens * sizeof(TokenId)), r.tokens},
+      .line = r.line,
+      .source = r.source,
+      .hash = r.prompt_hash,
+      .content = r.content_hash,
+      .learnt = r.learnt,
+      .mark = r.mark};
 }
 
 }  // namespace
@@ -398,18 +405,18 @@ class Batches {
   size_t told_ = 0;  // of the reader's problems
 };
 
-// Reads one source: make(row) gives what a row becomes, on any thread; take(it, row's number) has
-// that of all rows in order, account the rows. While rows are made the next ones are read.
-template <typename Make, typename Take>
-void each_row(Pool& pool, const LoadExamples& request, const DataSource& from,
-              uint64_t& rows_before, Account& account, Make&& make, Take&& take) {
+// Reads one source into the store; returns how many examples it gave. While the rows of one batch
+// are made, those of the next are read.
+uint64_t load_source(Pool& pool, const LoadExamples& request, const MakeExamples& make,
+                     size_t source, Account& account, uint64_t& rows_before,
+                     Examples::Store& store) {
+  const DataSource& from = request.sources[source];
   Batches batches(from, request.raw_text);
-  using Made = decltype(make(std::declval<const Row&>()));
-  Batches::Batch batch = batches.next();
-  for (;;) {
-    Batches::Batch next;
-    std::exception_ptr unread;  // what is read so far is told first
-    std::vector<std::optional<Made>> made(batch.rows.size());
+  uint64_t examples = 0;
+  std::vector<Dataset> made;
+  for (Batches::Batch batch = batches.next(), next;; batch = std::move(next)) {
+    std::exception_ptr unread;  // what was read before is told first
+    made.assign(batch.rows.size(), {});
     constexpr size_t kTogether = 8;
     pool.each(1 + (batch.rows.size() + kTogether - 1) / kTogether, [&](size_t item) {
       if (item == 0) {
@@ -423,56 +430,29 @@ void each_row(Pool& pool, const LoadExamples& request, const DataSource& from,
       }
       const size_t end = std::min(batch.rows.size(), item * kTogether);
       for (size_t i = (item - 1) * kTogether; i < end; ++i) {
-        made[i].emplace(make(batch.rows[i]));
+        make(batch.rows[i], source, made[i]);
         batch.rows[i].value = nullptr;
+        for (Example& e : made[i].examples) {
+          e.source = source;
+          if (e.content == 0) e.content = content_hash(e);
+        }
       }
     });
     for (const RowProblem& problem : batch.problems) {
       account.add({.rows = 1, .bad = 1});
       account.note(from.path, problem);
     }
-    for (std::optional<Made>& one : made) take(*one);
+    for (const Dataset& one : made) {
+      account.add(one.counts);
+      for (const RowProblem& problem : one.problems) account.note(from.path, problem);
+      for (const Example& e : one.examples) store.add(e);
+      examples += one.examples.size();
+    }
     rows_before += batch.rows.size();
     if (request.progress) request.progress(rows_before);
     if (unread) std::rethrow_exception(unread);
-    if (batch.last) return;
-    batch = std::move(next);
+    if (batch.last) return examples;
   }
-}
-
-// Reads one source into the store; returns how many examples it gave.
-uint64_t load_source(Pool& pool, const ModelFiles& files, const LoadExamples& request,
-                     size_t source, Account& account, uint64_t& rows_before,
-                     Examples::Store& store) {
-  const DataSource& from = request.sources[source];
-  DataOptions options = request.rows;
-  if (options.prompt_column.empty()) options.format = from.format;
-  std::optional<ExampleMaker> maker;
-  if (!request.raw_text) maker.emplace(files, options);
-  struct Made {
-    Dataset data;
-    std::vector<uint64_t> contents;  // hashes of its examples
-  };
-  uint64_t examples = 0;
-  each_row(
-      pool, request, from, rows_before, account,
-      [&](const Row& row) {
-        Made made;
-        if (maker)
-          maker->add(row, made.data);
-        else
-          add_text(files, options, row, made.data);
-        for (const Example& e : made.data.examples) made.contents.push_back(content_hash(e));
-        return made;
-      },
-      [&](const Made& made) {
-        account.add(made.data.counts);
-        for (const RowProblem& problem : made.data.problems) account.note(from.path, problem);
-        for (size_t i = 0; i < made.data.examples.size(); ++i)
-          store.add(made.data.examples[i], made.contents[i], static_cast<uint32_t>(source));
-        examples += made.data.examples.size();
-      });
-  return examples;
 }
 
 // Places [first, first + count) as often as the source's weight says: whole copies, then a part
@@ -501,7 +481,9 @@ bool reuse(const LoadExamples& request, Examples::Store& store, std::vector<uint
   const std::filesystem::path path = with_ending(request.spill, ".json");
   if (request.spill.empty() || request.key.empty() || !std::filesystem::exists(path)) return false;
   const ordered_json j = ordered_json::parse(read_file(path), nullptr, false);
-  if (!j.is_object() || j.value("key", "") != request.key || !j.contains("counts")) return false;
+  if (!j.is_object() || j.value("key", "") != request.key || j.value("layout", 0) != kLayout ||
+      !j.contains("counts"))
+    return false;
   store.start(request.spill, request.memory_bytes);
   store.map();
   out.counts = counts_from(j["counts"]);
@@ -517,6 +499,22 @@ bool reuse(const LoadExamples& request, Examples::Store& store, std::vector<uint
 }  // namespace
 
 LoadedExamples load_examples(Pool& pool, const ModelFiles& files, const LoadExamples& request) {
+  if (request.raw_text)
+    return load_examples(pool, request, [&](const Row& row, size_t, Dataset& into) {
+      add_text(files, request.rows, row, into);
+    });
+  std::vector<ExampleMaker> makers;
+  for (const DataSource& source : request.sources) {
+    DataOptions options = request.rows;
+    if (options.prompt_column.empty()) options.format = source.format;
+    makers.emplace_back(files, options);
+  }
+  return load_examples(pool, request, [&](const Row& row, size_t source, Dataset& into) {
+    makers[source].add(row, into);
+  });
+}
+
+LoadedExamples load_examples(Pool& pool, const LoadExamples& request, const MakeExamples& make) {
   LoadedExamples out;
   auto store = std::make_shared<Examples::Store>();
   std::vector<uint64_t> per_source;
@@ -528,7 +526,7 @@ LoadedExamples load_examples(Pool& pool, const ModelFiles& files, const LoadExam
     Account account(request, out);
     uint64_t rows = 0;
     for (size_t s = 0; s < request.sources.size(); ++s) {
-      per_source.push_back(load_source(pool, files, request, s, account, rows, *store));
+      per_source.push_back(load_source(pool, request, make, s, account, rows, *store));
       if (per_source.back() == 0) refuse_unusable(request.sources[s].path, out.counts,
                                                   out.problems.empty() ? nullptr
                                                                        : &out.problems[0].row);
@@ -540,13 +538,13 @@ LoadedExamples load_examples(Pool& pool, const ModelFiles& files, const LoadExam
                             {"line", p.row.line},
                             {"field", p.row.field},
                             {"what", p.row.what}});
-      write_file(with_ending(request.spill, ".json"),
-                 ordered_json{{"key", request.key},
-                              {"per_source", per_source},
-                              {"counts", to_json(out.counts)},
-                              {"problems", problems}}
-                         .dump(2) +
-                     "\n");
+      write_file(with_ending(request.spill, ".json"), ordered_json{{"key", request.key},
+                                                                   {"layout", kLayout},
+                                                                   {"per_source", per_source},
+                                                                   {"counts", to_json(out.counts)},
+                                                                   {"problems", problems}}
+                                                              .dump(2) +
+                                                          "\n");
     }
   }
 

@@ -32,10 +32,14 @@ struct ExampleView {
   size_t source = 0;  // which of the data sources
   uint64_t hash = 0;  // of the prompt's text
   uint64_t content = 0;  // of ids and mask: equal examples have equal ones
-  size_t learnt = 0;  // trained_tokens()
+  size_t learnt = 0;     // trained_tokens()
+  uint32_t mark = 0;
 
   size_t trained_tokens() const { return learnt; }
 };
+
+// Of ids and mask.
+uint64_t content_hash(const Example& example);
 
 // What a list of examples adds up to.
 struct ExampleStats {
@@ -127,6 +131,11 @@ struct LoadedExamples {
 // Errors: those of RecordReader; bad_input where a source has no usable row or more than `max_bad`
 // rows are bad, naming file, line and field; io, no_space.
 LoadedExamples load_examples(Pool& pool, const ModelFiles& files, const LoadExamples& request);
+
+// The same of other rows: `make` appends what a row of data source number `source` becomes, or a
+// problem, and counts it. It is called by all threads of the pool.
+using MakeExamples = std::function<void(const Row& row, size_t source, Dataset& into)>;
+LoadedExamples load_examples(Pool& pool, const LoadExamples& request, const MakeExamples& make);
 
 // Removes the files that load_examples may have written under this name.
 void remove_examples(const std::filesystem::path& spill);

@@ -7,9 +7,9 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <numeric>
 #include <optional>
-#include <tuple>
 #include <utility>
 
 #include "base/error.h"
@@ -152,6 +152,9 @@ LoadExamples validation_of(const ObjectiveOptions& o) {
   return request;
 }
 
+// Batches of so many rows are dealt at a time: lists of all would grow with the data.
+constexpr size_t kDealt = size_t{1} << 16;
+
 // ---- documents ---------------------------------------------------------------------------------
 
 class DocumentObjective : public Objective {
@@ -215,8 +218,6 @@ class DocumentObjective : public Objective {
     double sum = 0;
     size_t learnt = 0;
     LogitSums logits;
-    // Batches of so many rows are dealt at a time: lists of all would grow with the data.
-    constexpr size_t kDealt = size_t{1} << 16;
     for (size_t first = 0; first < examples.size(); first += kDealt) {
       const auto example = [&](size_t i) { return examples[first + i]; };
       evaluate_batches(
@@ -310,28 +311,28 @@ void take_references(Ranks& ranks, const std::filesystem::path& cache, const std
   if (ranks.leads()) write_references(cache, key, references);
 }
 
-void hash_example(const Example& e, std::string& into) {
-  into.append(reinterpret_cast<const char*>(e.ids.data()), e.ids.size() * sizeof(TokenId));
-  into.append(reinterpret_cast<const char*>(e.trained.data()), e.trained.size());
-  into.push_back('\n');
+// A name for examples, after `start`, that takes no memory for them.
+std::string key_of(std::string start, std::initializer_list<const Examples*> lists) {
+  constexpr size_t kTogether = size_t{64} << 10;
+  for (const Examples* list : lists) {
+    list->each([&](size_t, const ExampleView& e) {
+      start.append(reinterpret_cast<const char*>(&e.content), sizeof e.content);
+      if (start.size() > kTogether) start = sha256(start);
+    });
+    start = sha256(start);
+  }
+  return start;
 }
 
-// Rows to learn and rows to validate on, by the hash of the prompt.
-template <typename T, typename HashOf>
-std::pair<std::vector<T>, std::vector<T>> split_rows(std::vector<T> rows, double fraction,
-                                                     HashOf&& hash_of) {
-  std::vector<Example> keys(rows.size());
-  for (size_t i = 0; i < rows.size(); ++i) {
-    keys[i].hash = hash_of(rows[i]);
-    keys[i].line = i;
+// Calls work(rows) for [first, end), some at a time.
+template <typename Work>
+void each_part(size_t first, size_t end, Work&& work) {
+  std::vector<uint32_t> rows;
+  for (; first < end; first += rows.size()) {
+    rows.resize(std::min(kDealt, end - first));
+    std::iota(rows.begin(), rows.end(), static_cast<uint32_t>(first));
+    work(std::span<const uint32_t>(rows));
   }
-  const ExampleSplit split = split_by_hash(Examples(keys), fraction);
-  std::pair<std::vector<T>, std::vector<T>> out;
-  for (size_t i = 0; i < split.train.size(); ++i)
-    out.first.push_back(std::move(rows[split.train[i].line]));
-  for (size_t i = 0; i < split.validation.size(); ++i)
-    out.second.push_back(std::move(rows[split.validation[i].line]));
-  return out;
 }
 
 // ---- pairs -------------------------------------------------------------------------------------
@@ -340,58 +341,54 @@ class PairObjective : public Objective {
  public:
   PairObjective(Pool& pool, Ranks& ranks, const ObjectiveOptions& o, const ModelFiles& files)
       : Objective(pool, ranks, o), options_(o.preference) {
-    Preferences<PreferenceExample> data = load_pairs(files, o.data);
+    LoadedExamples data = load_pairs(pool, files, o.data);
     counts_ = data.counts;
     problems_ = std::move(data.problems);
-    std::vector<PreferenceExample> validation;
     if (o.validation.empty()) {
-      std::tie(pairs_, validation) =
-          split_rows(std::move(data.examples), o.val_fraction,
-                     [](const PreferenceExample& e) { return e.chosen.hash; });
+      ExampleSplit split = split_by_hash(data.examples, o.val_fraction);
+      learnt_ = PreferenceList(std::move(split.train));
+      validated_ = PreferenceList(std::move(split.validation));
     } else {
-      pairs_ = std::move(data.examples);
-      validation = load_pairs(files, validation_of(o)).examples;
+      learnt_ = PreferenceList(std::move(data.examples));
+      validated_ = PreferenceList(load_pairs(pool, files, validation_of(o)).examples);
     }
-    ExampleStats stats;
-    for (const PreferenceExample& e : pairs_)
-      stats.add(e.tokens(), e.chosen.trained_tokens() + e.rejected.trained_tokens());
+    ExampleStats stats = learnt_.stats();
+    longest_ = std::max(stats.longest(), validated_.stats().longest());
     account(std::move(stats));
-    rows_ = pairs_.size();
-    // One list, those to validate on at its end.
-    validation_rows_ = validation.size();
-    for (PreferenceExample& e : validation) pairs_.push_back(std::move(e));
-    for (const PreferenceExample& e : pairs_) longest_ = std::max(longest_, e.tokens());
-    references_.assign(pairs_.size(), {0, 0});
+    rows_ = learnt_.size();
+    validation_rows_ = validated_.size();
+    if (needs_reference(options_.loss)) references_.assign(rows_ + validation_rows_, {0, 0});
   }
 
-  size_t length(size_t row) const override { return pairs_[row].tokens(); }
+  // Rows to learn, then those to validate on.
+  PreferenceView pair(size_t row) const {
+    return row < rows_ ? learnt_[row] : validated_[row - rows_];
+  }
+  size_t length(size_t row) const override { return pair(row).tokens(); }
 
   void take_reference(LoraTraining& training, size_t capacity, const std::filesystem::path& cache,
                       const std::string& model_key,
                       const std::function<void(size_t, size_t)>& told) override {
     if (!needs_reference(options_.loss)) return;
-    std::string content = model_key + "\n";
-    for (const PreferenceExample& e : pairs_) {
-      hash_example(e.chosen, content);
-      hash_example(e.rejected, content);
-    }
-    std::vector<uint32_t> all(pairs_.size());
-    std::iota(all.begin(), all.end(), 0u);
-    take_references(ranks_, cache, sha256(content), references_, [&] {
+    const std::string key = key_of(model_key + "\n", {&learnt_.examples(), &validated_.examples()});
+    take_references(ranks_, cache, key, references_, [&] {
       size_t done = 0;
-      evaluate_batches(
-          Dealing{pool_, ranks_, training, capacity}, all.size(),
-          [&](size_t i) { return pairs_[i].tokens(); },
-          [&](const std::vector<uint32_t>& members) { return batch_of(all, members); },
-          [&](const DealtBatch& b) {
-            for (size_t p = 0; p < b.members.size(); ++p)
-              references_[b.members[p]] = {
-                  logp_of(b.tokens.documents[2 * p], pairs_[b.members[p]].chosen.trained,
-                          b.losses.nll),
-                  logp_of(b.tokens.documents[2 * p + 1], b.losses.nll)};
-            done += b.members.size();
-            told(done, pairs_.size());
-          });
+      each_part(0, references_.size(), [&](std::span<const uint32_t> rows) {
+        evaluate_batches(
+            Dealing{pool_, ranks_, training, capacity}, rows.size(),
+            [&](size_t i) { return length(rows[i]); },
+            [&](const std::vector<uint32_t>& members) { return batch_of(rows, members); },
+            [&](const DealtBatch& b) {
+              for (size_t p = 0; p < b.members.size(); ++p) {
+                const uint32_t row = rows[b.members[p]];
+                references_[row] = {
+                    logp_of(b.tokens.documents[2 * p], pair(row).chosen.trained, b.losses.nll),
+                    logp_of(b.tokens.documents[2 * p + 1], b.losses.nll)};
+              }
+              done += b.members.size();
+              told(done, references_.size());
+            });
+      });
     });
   }
 
@@ -400,7 +397,7 @@ class PairObjective : public Objective {
     StepSums sums(*this, rows);
     learn_batches(
         Dealing{pool_, ranks_, training, capacity, true}, rows.size(),
-        [&](size_t i) { return pairs_[rows[i]].tokens(); },
+        [&](size_t i) { return length(rows[i]); },
         [&](const std::vector<uint32_t>& members) { return batch_of(rows, members); },
         [&](DealtBatch& b) {
           training.accumulate(
@@ -410,7 +407,7 @@ class PairObjective : public Objective {
                   const auto [logps, found] = loss_of(rows[b.members[p]], b.tokens, p, nll);
                   // Factors are by −log p: of the anchor, and of the answer.
                   const PackedDocument& chosen = b.tokens.documents[2 * p];
-                  const std::span<const uint8_t> answer = pairs_[rows[b.members[p]]].chosen.trained;
+                  const std::span<const uint8_t> answer = pair(rows[b.members[p]]).chosen.trained;
                   set_factors(b.tokens, chosen, sums.anchor, factors);
                   for (size_t i = 1; i < answer.size(); ++i)
                     if (answer[i] != 0)
@@ -427,14 +424,14 @@ class PairObjective : public Objective {
   }
 
   StepLoss validate(LoraTraining& training, size_t capacity) override {
-    std::vector<uint32_t> rows(validation_rows_);
-    std::iota(rows.begin(), rows.end(), static_cast<uint32_t>(rows_));
-    StepSums sums(*this, rows);
-    evaluate_batches(
-        Dealing{pool_, ranks_, training, capacity, true}, rows.size(),
-        [&](size_t i) { return pairs_[rows[i]].tokens(); },
-        [&](const std::vector<uint32_t>& members) { return batch_of(rows, members); },
-        [&](const DealtBatch& b) { sums.add(*this, rows, b); });
+    StepSums sums(*this, rows_, rows_ + validation_rows_);
+    each_part(rows_, rows_ + validation_rows_, [&](std::span<const uint32_t> rows) {
+      evaluate_batches(
+          Dealing{pool_, ranks_, training, capacity, true}, rows.size(),
+          [&](size_t i) { return length(rows[i]); },
+          [&](const std::vector<uint32_t>& members) { return batch_of(rows, members); },
+          [&](const DealtBatch& b) { sums.add(*this, rows, b); });
+    });
     return sums.step_loss();
   }
 
@@ -444,30 +441,29 @@ class PairObjective : public Objective {
   TrainingBatch batch_of(std::span<const uint32_t> rows, std::span<const uint32_t> members) const {
     TrainingBatch batch;
     for (const uint32_t i : members) {
-      const PreferenceExample& e = pairs_[rows[i]];
+      const PreferenceView e = pair(rows[i]);
       const uint64_t key = 2 * uint64_t{rows[i]};
-      batch.append(e.chosen.ids,
-                   options_.anchor_over_prompt ? everything(e.chosen) : e.chosen.trained, key);
-      batch.append_after(batch.documents.size() - 1, e.shared,
-                         std::span(e.rejected.ids).subspan(e.shared),
-                         std::span(e.rejected.trained).subspan(e.shared), key + 1);
+      if (options_.anchor_over_prompt)
+        batch.append(e.chosen.ids, std::vector<uint8_t>(e.chosen.ids.size(), 1), key);
+      else
+        batch.append(e.chosen.ids, e.chosen.trained, key);
+      batch.append_after(batch.documents.size() - 1, e.shared, e.rejected.ids.subspan(e.shared),
+                         e.rejected.trained.subspan(e.shared), key + 1);
     }
     return batch;
-  }
-
-  static std::vector<uint8_t> everything(const Example& e) {
-    return std::vector<uint8_t>(e.ids.size(), 1);
   }
 
   // Of the p-th pair of a batch, which is `row`.
   std::pair<PairLogps, PairLoss> loss_of(uint32_t row, const TrainingBatch& batch, size_t p,
                                          std::span<const float> nll) const {
     const PackedDocument &chosen = batch.documents[2 * p], &rejected = batch.documents[2 * p + 1];
-    const Example& answer = pairs_[row].chosen;
+    const ExampleView answer = pair(row).chosen;
+    const auto [ref_chosen, ref_rejected] =
+        references_.empty() ? References::value_type{} : references_[row];
     const PairLogps logps{.chosen = logp_of(chosen, answer.trained, nll),
                           .rejected = logp_of(rejected, nll),
-                          .ref_chosen = references_[row][0],
-                          .ref_rejected = references_[row][1],
+                          .ref_chosen = ref_chosen,
+                          .ref_rejected = ref_rejected,
                           .chosen_tokens = answer.trained_tokens(),
                           .rejected_tokens = trained_in(batch, rejected)};
     return {logps, pair_loss(options_, logps)};
@@ -482,12 +478,19 @@ class PairObjective : public Objective {
     LogitSums chosen_logits, rejected_logits;
 
     StepSums(const PairObjective& o, std::span<const uint32_t> rows)
-        : pairs(static_cast<double>(rows.size())) {
+        : StepSums(o, rows.size(), [&](size_t i) { return rows[i]; }) {}
+    // Rows [first, end).
+    StepSums(const PairObjective& o, size_t first, size_t end)
+        : StepSums(o, end - first, [&](size_t i) { return first + i; }) {}
+    template <typename RowAt>
+    StepSums(const PairObjective& o, size_t count, RowAt&& row_at)
+        : pairs(static_cast<double>(count)) {
       double chosen_tokens = 0;
-      for (const uint32_t i : rows)
-        chosen_tokens += static_cast<double>(o.options_.anchor_over_prompt
-                                                 ? o.pairs_[i].chosen.ids.size() - 1
-                                                 : o.pairs_[i].chosen.trained_tokens());
+      for (size_t i = 0; i < count; ++i) {
+        const ExampleView chosen = o.pair(row_at(i)).chosen;
+        chosen_tokens += static_cast<double>(
+            o.options_.anchor_over_prompt ? chosen.ids.size() - 1 : chosen.trained_tokens());
+      }
       anchor = o.options_.anchor / chosen_tokens;
     }
 
@@ -498,15 +501,14 @@ class PairObjective : public Objective {
         const auto [logps, found] = o.loss_of(row, b.tokens, p, b.losses.nll);
         const PackedDocument& chosen = b.tokens.documents[2 * p];
         out.loss += found.loss / pairs - anchor * logp_of(chosen, b.losses.nll);
-        if (!std::isfinite(found.loss))
-          o.note_bad(out, row >= o.rows_, o.pairs_[row].chosen.source,
-                     o.pairs_[row].chosen.line);
+        const ExampleView answer = o.pair(row).chosen;
+        if (!std::isfinite(found.loss)) o.note_bad(out, row >= o.rows_, answer.source, answer.line);
         rewards.chosen_reward += found.chosen_reward / pairs;
         rewards.rejected_reward += found.rejected_reward / pairs;
         accurate += found.chosen_reward > found.rejected_reward ? 1 / pairs : 0;
         logp_chosen += logps.chosen / pairs;
         logp_rejected += logps.rejected / pairs;
-        chosen_logits.add(chosen, o.pairs_[row].chosen.trained, b.losses.stats);
+        chosen_logits.add(chosen, answer.trained, b.losses.stats);
         rejected_logits.add(b.tokens, b.tokens.documents[2 * p + 1], b.losses.stats);
       }
     }
@@ -531,8 +533,8 @@ class PairObjective : public Objective {
   };
 
   PreferenceOptions options_;
-  std::vector<PreferenceExample> pairs_;  // to learn, then to validate on
-  References references_;
+  PreferenceList learnt_, validated_;
+  References references_;  // of rows to learn, then of those to validate on; empty if not needed
 };
 
 // ---- labelled answers --------------------------------------------------------------------------
@@ -540,61 +542,54 @@ class PairObjective : public Objective {
 class LabelledObjective : public Objective {
  public:
   LabelledObjective(Pool& pool, Ranks& ranks, const ObjectiveOptions& o, const ModelFiles& files)
-      : Objective(pool, ranks, o), options_(o.preference) {
-    Preferences<LabelledExample> data = load_labelled(files, o.data);
+      : Objective(pool, ranks, o), options_(o.preference), max_length_(o.data.rows.max_length) {
+    LoadedExamples data = load_labelled(pool, files, o.data);
     counts_ = data.counts;
     problems_ = std::move(data.problems);
-    std::vector<LabelledExample> validation;
     if (o.validation.empty()) {
-      std::tie(answers_, validation) =
-          split_rows(std::move(data.examples), o.val_fraction,
-                     [](const LabelledExample& e) { return e.example.hash; });
+      ExampleSplit split = split_by_hash(data.examples, o.val_fraction);
+      learnt_ = LabelledList(std::move(split.train));
+      validated_ = LabelledList(std::move(split.validation));
     } else {
-      answers_ = std::move(data.examples);
-      validation = load_labelled(files, validation_of(o)).examples;
+      learnt_ = LabelledList(std::move(data.examples));
+      validated_ = LabelledList(load_labelled(pool, files, validation_of(o)).examples);
     }
-    ExampleStats stats;
-    for (const LabelledExample& e : answers_)
-      stats.add(e.example.ids.size(), e.example.trained_tokens());
-    account(std::move(stats));
-    rows_ = answers_.size();
-    validation_rows_ = validation.size();
-    mismatch(answers_, o.data.rows.max_length);
-    mismatch(validation, o.data.rows.max_length);
-    for (LabelledExample& e : validation) answers_.push_back(std::move(e));
-    for (size_t i = 0; i < answers_.size(); ++i)
-      longest_ = std::max({longest_, answers_[i].example.ids.size(), mismatched_[i].ids.size()});
-    references_.assign(answers_.size(), {0, 0});
+    account(learnt_.examples().stats());
+    rows_ = learnt_.size();
+    validation_rows_ = validated_.size();
+    longest_ = std::max(learnt_.longest(max_length_), validated_.longest(max_length_));
+    references_.assign(rows_ + validation_rows_, {0, 0});
   }
 
-  size_t length(size_t row) const override { return answers_[row].example.ids.size(); }
+  size_t length(size_t row) const override {
+    return row < rows_ ? learnt_.examples().length(row) : validated_.examples().length(row - rows_);
+  }
 
   void take_reference(LoraTraining& training, size_t capacity, const std::filesystem::path& cache,
                       const std::string& model_key,
                       const std::function<void(size_t, size_t)>& told) override {
-    std::string content = model_key + "\n";
-    for (size_t i = 0; i < answers_.size(); ++i) {
-      hash_example(answers_[i].example, content);
-      hash_example(mismatched_[i], content);
-    }
-    std::vector<uint32_t> all(answers_.size());
-    std::iota(all.begin(), all.end(), 0u);
-    take_references(ranks_, cache, sha256(content), references_, [&] {
+    const std::string key = key_of(fmt::format("{}\n{}\n", model_key, max_length_),
+                                   {&learnt_.examples(), &validated_.examples()});
+    take_references(ranks_, cache, key, references_, [&] {
       size_t done = 0;
       for (const Which which : {kAnswer, kMismatched})
-        evaluate(training, all, capacity, which, [&](uint32_t row, double logp) {
-          references_[row][which] = logp;
-          told(++done, 2 * answers_.size());
+        each_part(0, references_.size(), [&](std::span<const uint32_t> rows) {
+          evaluate(training, rows, capacity, which, [&](uint32_t row, double logp) {
+            references_[row][which] = logp;
+            told(++done, 2 * references_.size());
+          });
         });
     });
   }
 
   StepLoss accumulate(LoraTraining& training, std::span<const uint32_t> rows,
                       size_t capacity) override {
-    StepSums sums(rows, divergence(training, rows, capacity));
+    Divergence divergence;
+    diverge(training, rows, capacity, divergence);
+    StepSums sums(rows.size(), divergence);
     learn_batches(
         Dealing{pool_, ranks_, training, capacity, true}, rows.size(),
-        [&](size_t i) { return answers_[rows[i]].example.ids.size(); },
+        [&](size_t i) { return length(rows[i]); },
         [&](const std::vector<uint32_t>& members) { return batch_of(rows, members, kAnswer); },
         [&](DealtBatch& b) {
           training.accumulate(
@@ -614,52 +609,43 @@ class LabelledObjective : public Objective {
   }
 
   StepLoss validate(LoraTraining& training, size_t capacity) override {
-    std::vector<uint32_t> rows(validation_rows_);
-    std::iota(rows.begin(), rows.end(), static_cast<uint32_t>(rows_));
-    StepSums sums(rows, divergence(training, rows, capacity));
-    evaluate_batches(
-        Dealing{pool_, ranks_, training, capacity, true}, rows.size(),
-        [&](size_t i) { return answers_[rows[i]].example.ids.size(); },
-        [&](const std::vector<uint32_t>& members) { return batch_of(rows, members, kAnswer); },
-        [&](const DealtBatch& b) { sums.add(*this, rows, b); });
+    Divergence divergence;
+    each_part(rows_, rows_ + validation_rows_, [&](std::span<const uint32_t> rows) {
+      diverge(training, rows, capacity, divergence);
+    });
+    StepSums sums(validation_rows_, divergence);
+    each_part(rows_, rows_ + validation_rows_, [&](std::span<const uint32_t> rows) {
+      evaluate_batches(
+          Dealing{pool_, ranks_, training, capacity, true}, rows.size(),
+          [&](size_t i) { return length(rows[i]); },
+          [&](const std::vector<uint32_t>& members) { return batch_of(rows, members, kAnswer); },
+          [&](const DealtBatch& b) { sums.add(*this, rows, b); });
+    });
     return sums.step_loss(*this);
   }
 
  private:
-  // Every prompt with the answer of the row before: what the divergence is estimated on.
-  void mismatch(std::span<const LabelledExample> rows, size_t max_length) {
-    const auto answer_at = [](const Example& e) {
-      return std::find(e.trained.begin(), e.trained.end(), uint8_t{1}) - e.trained.begin();
-    };
-    for (size_t i = 0; i < rows.size(); ++i) {
-      const Example& prompt = rows[i].example;
-      const Example& other = rows[(i + rows.size() - 1) % rows.size()].example;
-      Example e;
-      e.ids.assign(prompt.ids.begin(), prompt.ids.begin() + answer_at(prompt));
-      e.ids.insert(e.ids.end(), other.ids.begin() + answer_at(other), other.ids.end());
-      e.trained.assign(static_cast<size_t>(answer_at(prompt)), 0);
-      e.trained.insert(e.trained.end(), other.trained.begin() + answer_at(other),
-                       other.trained.end());
-      if (e.ids.size() > max_length) {
-        e.ids.resize(max_length);
-        e.trained.resize(max_length);
-      }
-      mismatched_.push_back(std::move(e));
-    }
+  LabelledView answer(size_t row) const {
+    return row < rows_ ? learnt_[row] : validated_[row - rows_];
+  }
+  Example mismatched(size_t row) const {
+    return row < rows_ ? learnt_.mismatched(row, max_length_)
+                       : validated_.mismatched(row - rows_, max_length_);
   }
 
   // What a row's log-probabilities are of, as references_ has them.
   enum Which : size_t { kAnswer, kMismatched };
-  const Example& example(uint32_t row, Which which) const {
-    return which == kAnswer ? answers_[row].example : mismatched_[row];
-  }
-
   TrainingBatch batch_of(std::span<const uint32_t> rows, std::span<const uint32_t> members,
                          Which which) const {
     TrainingBatch batch;
     for (const uint32_t i : members) {
-      const Example& e = example(rows[i], which);
-      batch.append(e.ids, e.trained, rows[i]);
+      if (which == kAnswer) {
+        const ExampleView e = answer(rows[i]).example;
+        batch.append(e.ids, e.trained, rows[i]);
+      } else {
+        const Example e = mismatched(rows[i]);
+        batch.append(e.ids, e.trained, rows[i]);
+      }
     }
     return batch;
   }
@@ -670,7 +656,9 @@ class LabelledObjective : public Objective {
                 Which which, Told&& told) const {
     evaluate_batches(
         Dealing{pool_, ranks_, training, capacity}, rows.size(),
-        [&](size_t i) { return example(rows[i], which).ids.size(); },
+        [&](size_t i) {
+          return which == kAnswer ? length(rows[i]) : mismatched(rows[i]).ids.size();
+        },
         [&](const std::vector<uint32_t>& members) { return batch_of(rows, members, which); },
         [&](const DealtBatch& b) {
           for (size_t d = 0; d < b.members.size(); ++d)
@@ -680,33 +668,34 @@ class LabelledObjective : public Objective {
 
   // How far the policy is from the reference, estimated on mismatched answers.
   struct Divergence {
-    double kl = 0;
+    double sum = 0, rows = 0;
     std::optional<uint32_t> bad;  // the first row whose mismatched answer makes it no number
+
+    double kl() const { return std::max(0.0, sum / rows); }
   };
-  Divergence divergence(LoraTraining& training, std::span<const uint32_t> rows,
-                        size_t capacity) const {
-    Divergence out;
+  void diverge(LoraTraining& training, std::span<const uint32_t> rows, size_t capacity,
+               Divergence& into) const {
+    into.rows += static_cast<double>(rows.size());
     evaluate(training, rows, capacity, kMismatched, [&](uint32_t i, double logp) {
-      out.kl += (logp - references_[i][kMismatched]) / static_cast<double>(rows.size());
-      if (!std::isfinite(logp) && !out.bad) out.bad = i;
+      into.sum += logp - references_[i][kMismatched];
+      if (!std::isfinite(logp) && !into.bad) into.bad = i;
     });
-    if (out.kl < 0) out.kl = 0;
-    return out;
   }
 
   // The row whose answer is that of `row`'s mismatch.
   uint32_t mismatched_with(uint32_t row) const {
     const auto learnt = static_cast<uint32_t>(rows_);
     if (row < learnt) return row == 0 ? learnt - 1 : row - 1;
-    return row == learnt ? static_cast<uint32_t>(answers_.size()) - 1 : row - 1;
+    return row == learnt ? static_cast<uint32_t>(rows_ + validation_rows_) - 1 : row - 1;
   }
 
   void note_bad_row(StepLoss& out, uint32_t row) const {
-    note_bad(out, row >= rows_, answers_[row].example.source, answers_[row].example.line);
+    const ExampleView e = answer(row).example;
+    note_bad(out, row >= rows_, e.source, e.line);
   }
 
   KtoLoss loss_of(uint32_t row, double logp, double kl) const {
-    return kto_loss(options_, answers_[row].desirable, logp, references_[row][kAnswer], kl);
+    return kto_loss(options_, answer(row).desirable, logp, references_[row][kAnswer], kl);
   }
 
   // What a step over `rows` adds up.
@@ -717,14 +706,14 @@ class LabelledObjective : public Objective {
     std::array<double, 2> reward{}, logps{}, of{};  // of unwanted and wanted answers
     std::array<LogitSums, 2> logits;
 
-    StepSums(std::span<const uint32_t> rows, const Divergence& found)
-        : count(static_cast<double>(rows.size())), kl(found.kl), bad_mismatch(found.bad) {}
+    StepSums(size_t rows, const Divergence& found)
+        : count(static_cast<double>(rows)), kl(found.kl()), bad_mismatch(found.bad) {}
 
     void add(const LabelledObjective& o, std::span<const uint32_t> rows, const DealtBatch& b) {
       out.tokens += b.tokens.tokens();
       for (size_t d = 0; d < b.members.size(); ++d) {
         const uint32_t i = rows[b.members[d]];
-        const LabelledExample& row = o.answers_[i];
+        const LabelledView row = o.answer(i);
         const double logp = logp_of(b.tokens.documents[d], b.losses.nll);
         const KtoLoss found = o.loss_of(i, logp, kl);
         out.loss += found.loss / count;
@@ -761,9 +750,10 @@ class LabelledObjective : public Objective {
   };
 
   PreferenceOptions options_;
-  std::vector<LabelledExample> answers_;  // to learn, then to validate on
-  std::vector<Example> mismatched_;    // one for each row
-  References references_;              // of the answer, of the mismatched one
+  size_t max_length_;
+  LabelledList learnt_, validated_;
+  // Of the answer, of the mismatched one; of rows to learn, then of those to validate on.
+  References references_;
 };
 
 }  // namespace

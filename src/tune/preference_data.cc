@@ -3,19 +3,16 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 
 #include "base/error.h"
+#include "base/hash.h"
 
 namespace moru {
 namespace {
 
 using Json = nlohmann::ordered_json;
-
-struct RowOrigin {
-  size_t source;  // which of the data sources
-  uint64_t line;
-};
 
 // Examples of conversations whose last answer alone is learnt.
 class LastAnswers {
@@ -24,17 +21,16 @@ class LastAnswers {
       : system_(options.system), maker_(files, last_only(options)) {}
 
   // `asks` and then `answers`; nullopt if truncation leaves nothing to learn.
-  std::optional<Example> make(Json asks, const Json& answers, const Json& tools, RowOrigin from,
-                              DataCounts& counts) {
+  std::optional<Example> make(Json asks, const Json& answers, const Json& tools, uint64_t line,
+                              DataCounts& counts) const {
     if (!system_.empty() && (asks.empty() || asks.front()["role"] != "system"))
       asks.insert(asks.begin(), Json::object({{"role", "system"}, {"content", system_}}));
     for (const Json& turn : answers) asks.push_back(turn);
     Dataset one;
-    maker_.add_conversation(asks, tools, from.line, one);
+    maker_.add_conversation(asks, tools, line, one);
     counts.truncated += one.counts.truncated;
     counts.without_end += one.counts.without_end;
     if (one.examples.empty()) return std::nullopt;
-    one.examples.back().source = from.source;
     return std::move(one.examples.back());
   }
 
@@ -48,50 +44,37 @@ class LastAnswers {
   ExampleMaker maker_;
 };
 
-// Reads rows one by one; `add` takes those of `kind`.
-template <typename T, typename Add>
-Preferences<T> load(const LoadExamples& request, TrainingRow::Kind kind, const char* shape,
-                    Add&& add) {
-  Preferences<T> out;
-  for (const DataSource& source : request.sources) {
+// Rows of `kind`; add(row, its line, into) appends what one becomes.
+template <typename Add>
+LoadedExamples load(Pool& pool, const LoadExamples& request, TrainingRow::Kind kind,
+                    const char* shape, Add&& add) {
+  for (const DataSource& source : request.sources)
     if (source.weight != 1 || source.num_samples != 0)
       throw Error(ErrorKind::usage, {.where = source.path.string(),
                                      .what = "preferences are taken as they are, all of them",
                                      .cure = "leave out the weight and the number of samples"});
-    RecordReader reader(source.path);
-    const size_t before = out.examples.size();
-    const auto problem = [&](const RowProblem& row) {
-      ++out.counts.bad;
-      if (out.problems.size() < 100) out.problems.push_back({source.path, row});
-      if (out.counts.bad <= request.max_bad) return;
-      throw Error(
-          ErrorKind::bad_input,
-          {.where = fmt::format("{}: line {}: {}", source.path.string(), row.line, row.field),
-           .what = fmt::format("{}; that is bad row {}", row.what, out.counts.bad),
-           .cure = "mend the rows, or allow more with --max-bad"});
+  return load_examples(pool, request, [&](const Row& row, size_t source, Dataset& into) {
+    ++into.counts.rows;
+    const auto problem = [&](std::string field, std::string what) {
+      ++into.counts.bad;
+      into.problems.push_back({row.line, std::move(field), std::move(what)});
     };
-    while (const std::optional<Row> row = reader.next()) {
-      ++out.counts.rows;
-      try {
-        const TrainingRow read = read_row(row->value, source.format);
-        if (read.kind != kind) throw UnusableRow{"row", shape};
-        add(read, RowOrigin{static_cast<size_t>(&source - request.sources.data()), row->line}, out);
-      } catch (const UnusableRow& unusable) {
-        problem({row->line, unusable.field, unusable.what});
-      } catch (const Error& error) {
-        if (error.kind() != ErrorKind::bad_input || out.counts.bad > request.max_bad) throw;
-        problem({row->line, "messages", error.what()});  // the template refused the conversation
-      }
+    try {
+      const TrainingRow read = read_row(row.value, request.sources[source].format);
+      if (read.kind != kind) throw UnusableRow{"row", shape};
+      add(read, row.line, into);
+    } catch (const UnusableRow& unusable) {
+      problem(unusable.field, unusable.what);
+    } catch (const Error& error) {
+      if (error.kind() != ErrorKind::bad_input) throw;
+      problem("messages", error.what());  // the template refused the conversation
     }
-    for (const RowProblem& row : reader.problems()) {
-      ++out.counts.rows;
-      problem(row);
-    }
-    if (out.examples.size() == before)
-      refuse_unusable(source.path, out.counts,
-                      out.problems.empty() ? nullptr : &out.problems.front().row);
-  }
-  return out;
+  });
+}
+
+size_t first_learnt(const Example& e) {
+  return static_cast<size_t>(std::find(e.trained.begin(), e.trained.end(), uint8_t{1}) -
+                             e.trained.begin());
 }
 
 }  // namespace
@@ -100,41 +83,98 @@ size_t shared_tokens(const Example& a, const Example& b) {
   const size_t shorter = std::min(a.ids.size(), b.ids.size());
   size_t same = 0;
   while (same < shorter && a.ids[same] == b.ids[same]) ++same;
-  const auto first_learnt = [](const Example& e) {
-    return static_cast<size_t>(std::find(e.trained.begin(), e.trained.end(), uint8_t{1}) -
-                               e.trained.begin());
-  };
   const size_t learnt = std::min(first_learnt(a), first_learnt(b));
   return std::min(same, learnt == 0 ? 0 : learnt - 1);
 }
 
-Preferences<PreferenceExample> load_pairs(const ModelFiles& files, const LoadExamples& request) {
-  LastAnswers answers(files, request.rows);
-  return load<PreferenceExample>(
-      request, TrainingRow::Kind::preference, "has no two answers: chosen and rejected",
-      [&](const TrainingRow& row, RowOrigin from, Preferences<PreferenceExample>& out) {
-        auto chosen = answers.make(row.messages, row.chosen, row.tools, from, out.counts);
-        auto rejected = answers.make(row.messages, row.rejected, row.tools, from, out.counts);
+// The mark of a pair's second example is how many tokens they share.
+PreferenceView PreferenceList::operator[](size_t i) const {
+  PreferenceView pair{examples_[2 * i], examples_[2 * i + 1]};
+  pair.shared = pair.rejected.mark;
+  return pair;
+}
+
+ExampleStats PreferenceList::stats() const {
+  ExampleStats stats;
+  size_t tokens = 0, learnt = 0;  // of the chosen one
+  examples_.each([&](size_t i, const ExampleView& e) {
+    if (i % 2 == 1) return stats.add(tokens + e.ids.size() - e.mark, learnt + e.learnt);
+    tokens = e.ids.size();
+    learnt = e.learnt;
+  });
+  return stats;
+}
+
+// The mark of a labelled answer is where it begins, and in the last bit whether it is wanted.
+LabelledView LabelledList::operator[](size_t i) const {
+  const ExampleView e = examples_[i];
+  return {.example = e, .desirable = (e.mark & 1) != 0, .prompt = e.mark >> 1};
+}
+
+Example LabelledList::mismatched(size_t i, size_t max_length) const {
+  const LabelledView row = (*this)[i], other = (*this)[(i + size() - 1) % size()];
+  Example e;
+  const auto append = [&](const ExampleView& from, size_t first, size_t end) {
+    e.ids.insert(e.ids.end(), &from.ids[first], from.ids.data() + end);
+    e.trained.insert(e.trained.end(), &from.trained[first], from.trained.data() + end);
+  };
+  append(row.example, 0, row.prompt);
+  append(other.example, other.prompt, other.example.ids.size());
+  e.ids.resize(std::min(e.ids.size(), max_length));
+  e.trained.resize(e.ids.size());
+  return e;
+}
+
+size_t LabelledList::longest(size_t max_length) const {
+  size_t longest = 0;
+  if (size() == 0) return longest;
+  const LabelledView last = (*this)[size() - 1];
+  size_t answer = last.example.ids.size() - last.prompt;  // tokens of the row before's
+  examples_.each([&](size_t, const ExampleView& e) {
+    const size_t prompt = e.mark >> 1;
+    longest = std::max({longest, e.ids.size(), std::min(prompt + answer, max_length)});
+    answer = e.ids.size() - prompt;
+  });
+  return longest;
+}
+
+LoadedExamples load_pairs(Pool& pool, const ModelFiles& files, const LoadExamples& request) {
+  const LastAnswers answers(files, request.rows);
+  return load(
+      pool, request, TrainingRow::Kind::preference, "has no two answers: chosen and rejected",
+      [&](const TrainingRow& row, uint64_t line, Dataset& into) {
+        auto chosen = answers.make(row.messages, row.chosen, row.tools, line, into.counts);
+        auto rejected = answers.make(row.messages, row.rejected, row.tools, line, into.counts);
         if (!chosen || !rejected || chosen->ids == rejected->ids) {
-          ++out.counts.without_answer;
+          ++into.counts.without_answer;
           return;
         }
-        const size_t shared = shared_tokens(*chosen, *rejected);
-        out.examples.push_back({std::move(*chosen), std::move(*rejected), shared});
+        rejected->mark = static_cast<uint32_t>(shared_tokens(*chosen, *rejected));
+        rejected->hash = chosen->hash;
+        // A pair equals another if both answers do.
+        const std::array both = {content_hash(*chosen), content_hash(*rejected)};
+        chosen->content = short_sha256(std::as_bytes(std::span(both)));
+        rejected->content = chosen->content ^ 1;
+        into.examples.push_back(std::move(*chosen));
+        into.examples.push_back(std::move(*rejected));
       });
 }
 
-Preferences<LabelledExample> load_labelled(const ModelFiles& files, const LoadExamples& request) {
-  LastAnswers answers(files, request.rows);
-  return load<LabelledExample>(
-      request, TrainingRow::Kind::rated, "has no label that says whether its answer is wanted",
-      [&](const TrainingRow& row, RowOrigin from, Preferences<LabelledExample>& out) {
-        auto example = answers.make(row.messages, row.chosen, row.tools, from, out.counts);
-        if (!example)
-          ++out.counts.without_answer;
-        else
-          out.examples.push_back({std::move(*example), row.desirable});
-      });
+LoadedExamples load_labelled(Pool& pool, const ModelFiles& files, const LoadExamples& request) {
+  const LastAnswers answers(files, request.rows);
+  return load(pool, request, TrainingRow::Kind::rated,
+              "has no label that says whether its answer is wanted",
+              [&](const TrainingRow& row, uint64_t line, Dataset& into) {
+                auto example = answers.make(row.messages, row.chosen, row.tools, line, into.counts);
+                if (!example) {
+                  ++into.counts.without_answer;
+                  return;
+                }
+                example->mark =
+                    static_cast<uint32_t>(2 * first_learnt(*example) + (row.desirable ? 1 : 0));
+                example->content = content_hash(*example) ^ (row.desirable ? 1 : 0);
+                into.examples.push_back(std::move(*example));
+              });
 }
 
 }  // namespace moru

@@ -100,8 +100,9 @@ TEST_CASE("every method's rows are shown as that method learns them") {
                              "{\"prompt\": \"b?\", \"chosen\": \"same\", \"rejected\": \"same\"}\n",
                              "pairs.jsonl");
   REQUIRE(pairs.data.examples.size() == 2);
-  CHECK(pairs.a_row == 2);
-  CHECK(pairs.answers == std::vector<std::string_view>{"chosen", "rejected"});
+  CHECK(pairs.a_row() == 2);
+  CHECK(pairs.answer(0) == "chosen");
+  CHECK(pairs.answer(1) == "rejected");
   CHECK(shown(pairs, 0).find("[[good<|im_end|>]]") != std::string::npos);
   CHECK(shown(pairs, 1).find("[[bad<|im_end|>]]") != std::string::npos);
   CHECK(pairs.data.counts.rows == 2);
@@ -111,13 +112,14 @@ TEST_CASE("every method's rows are shown as that method learns them") {
                              "{\"prompt\": \"a?\", \"completion\": \"x\", \"label\": true}\n"
                              "{\"prompt\": \"a?\", \"completion\": \"y\", \"label\": false}\n",
                              "rated.jsonl");
-  CHECK(rated.answers == std::vector<std::string_view>{"wanted", "not wanted"});
+  CHECK(rated.answer(0) == "wanted");
+  CHECK(rated.answer(1) == "not wanted");
   CHECK(shown(rated, 1).find("[[y<|im_end|>]]") != std::string::npos);
 
   CHECK(checked(Method::text, "plain words\n", "text.txt").data.examples.size() == 1);
   const auto text = checked(Method::text, "{\"text\": \"plain words\"}\n", "text.jsonl");
   REQUIRE(text.data.examples.size() == 1);
-  CHECK(text.answers.empty());
+  CHECK(text.answer(0).empty());
   // What begins a text has nothing before it to be learnt from.
   CHECK(shown(text, 0).find("\n[[") == std::string::npos);
 }

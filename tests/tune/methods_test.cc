@@ -217,10 +217,11 @@ TEST_CASE("ORPO's own loss counts the answer alone, or prompt and answer as TRL'
   none.layers.resize(model.config.layers);
   lay_out(none, model.config);
   TrainingBatch answers, all;
-  const auto data = load_pairs(files, {.sources = o.data, .rows = o.rows});
-  for (const PreferenceExample& e : data.examples) {
-    answers.append(e.chosen.ids, e.chosen.trained);
-    all.append(e.chosen.ids, std::vector<uint8_t>(e.chosen.ids.size(), 1));
+  const PreferenceList data(load_pairs(pool, files, {.sources = o.data, .rows = o.rows}).examples);
+  for (size_t i = 0; i < data.size(); ++i) {
+    const ExampleView e = data[i].chosen;
+    answers.append(e.ids, e.trained);
+    all.append(e.ids, std::vector<uint8_t>(e.ids.size(), 1));
   }
   CHECK(all.trained() > answers.trained() + 8);
   LoraTraining training(pool, model, none, {.tokens = all.tokens()});

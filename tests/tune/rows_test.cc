@@ -53,6 +53,15 @@ LoadedExamples load(const std::filesystem::path& path) {
   return load({.sources = {{.path = path}}});
 }
 
+LoadedExamples pairs_of(const LoadExamples& request) {
+  Pool pool(2);
+  return load_pairs(pool, model(), request);
+}
+LoadedExamples labelled_of(const LoadExamples& request) {
+  Pool pool(2);
+  return load_labelled(pool, model(), request);
+}
+
 std::string text_of(const ExampleView& e) { return model().tokenizer.decode(e.ids, true); }
 
 }  // namespace
@@ -339,14 +348,13 @@ TEST_CASE("every method's reader takes BOM and CRLF, and names file, line and fi
                 file("dpo.jsonl", R"({"prompt": "p", "chosen": "a", "rejected": "b"})",
                      "{\"prompt\": \"p\", \"chosen\": \"a\", \"rejected\": \"\xFF\"}",
                      R"({"prompt": "q", "chosen": "a", "rejected": "b"})"),
-                [](const LoadExamples& r) { return load_pairs(model(), r).examples.size(); }) ==
+                [](const LoadExamples& r) { return pairs_of(r).examples.size() / 2; }) ==
         "rejected");
   CHECK(refused("kto",
                 file("kto.jsonl", R"({"prompt": "p", "completion": "a", "label": true})",
                      "{\"prompt\": \"\xFF\", \"completion\": \"a\", \"label\": true}",
                      R"({"prompt": "q", "completion": "a", "label": false})"),
-                [](const LoadExamples& r) { return load_labelled(model(), r).examples.size(); }) ==
-        "prompt");
+                [](const LoadExamples& r) { return labelled_of(r).examples.size(); }) == "prompt");
 }
 
 TEST_CASE("a line of 100 MB is a row like any other") {
@@ -534,6 +542,89 @@ TEST_CASE("splits, mixtures and what is learnt once are the same lists in memory
     remove_examples(request.spill);
     CHECK(!std::filesystem::exists(left));
   }
+}
+
+TEST_CASE("pairs and rated answers are the same lists in memory and in files") {
+  const TempDir dir;
+  std::string pairs, rated;
+  for (int i = 0; i < 2000; ++i) {
+    pairs +=
+        fmt::format("{{\"prompt\": \"{}\", \"chosen\": \"yes {}\", \"rejected\": \"yet{}\"}}\n",
+                    i % 900, i % 1800, std::string(static_cast<size_t>(i % 1800) % 9, 'x'));
+    rated += fmt::format("{{\"prompt\": \"{}\", \"completion\": \"{}\", \"label\": {}}}\n", i % 900,
+                         std::string(static_cast<size_t>(i % 7) + 1, 'y'), i % 3 == 0);
+  }
+  const auto same = [](const ExampleView& a, const ExampleView& b) {
+    REQUIRE(std::ranges::equal(a.ids, b.ids));
+    REQUIRE(std::ranges::equal(a.trained, b.trained));
+    REQUIRE(a.line == b.line);
+  };
+  LoadExamples request{.sources = {{.path = dir.file("pairs.jsonl", pairs)}}};
+  LoadExamples rates{.sources = {{.path = dir.file("rated.jsonl", rated)}}};
+  const LoadedExamples held = pairs_of(request), held_rates = labelled_of(rates);
+  for (LoadExamples* r : {&request, &rates}) {
+    r->spill = dir.path() / (r == &request ? "pairs" : "rates");
+    r->memory_bytes = 10'000;
+    r->key = "key";
+  }
+  for (const bool again : {false, true}) {
+    CAPTURE(again);
+    const LoadedExamples mapped = pairs_of(request), mapped_rates = labelled_of(rates);
+    CHECK(std::filesystem::exists(dir.path() / "pairs.index"));
+    CHECK(std::filesystem::exists(dir.path() / "rates.index"));
+    const PreferenceList a(held.examples), b(mapped.examples);
+    REQUIRE(a.size() == 2000);
+    REQUIRE(b.size() == 2000);
+    ExampleStats stats;
+    for (size_t i = 0; i < a.size(); ++i) {
+      same(a[i].chosen, b[i].chosen);
+      same(a[i].rejected, b[i].rejected);
+      REQUIRE(a[i].shared == b[i].shared);
+      // What they share is the same in both, and stands before both answers.
+      REQUIRE(std::ranges::equal(b[i].chosen.ids.first(b[i].shared),
+                                 b[i].rejected.ids.first(b[i].shared)));
+      REQUIRE(b[i].shared > 10);
+      REQUIRE(b[i].chosen.trained[b[i].shared] == 0);
+      stats.add(b[i].tokens(), b[i].chosen.learnt + b[i].rejected.learnt);
+    }
+    CHECK(b.stats().lengths == stats.lengths);
+    CHECK(b.stats().learnt == stats.learnt);
+    // A split takes no pair apart.
+    const ExampleSplit split = split_by_hash(mapped.examples, 0.1);
+    const PreferenceList validation(split.validation);
+    CHECK(validation.size() > 100);
+    for (size_t i = 0; i < validation.size(); ++i)
+      REQUIRE(validation[i].chosen.line == validation[i].rejected.line);
+
+    const LabelledList c(held_rates.examples), d(mapped_rates.examples);
+    REQUIRE(d.size() == 2000);
+    for (const size_t length : {size_t{40}, size_t{1000}}) {
+      size_t longest = 0;
+      for (size_t i = 0; i < d.size(); ++i) {
+        same(c[i].example, d[i].example);
+        REQUIRE(d[i].desirable == (i % 3 == 0));
+        REQUIRE(d[i].example.trained[d[i].prompt] == 1);
+        REQUIRE(d[i].example.trained[d[i].prompt - 1] == 0);
+        const Example e = d.mismatched(i, length);
+        const LabelledView other = d[(i + d.size() - 1) % d.size()];
+        REQUIRE(e.ids.size() ==
+                std::min(length, d[i].prompt + other.example.ids.size() - other.prompt));
+        REQUIRE(e.trained_tokens() == e.ids.size() - d[i].prompt);
+        longest = std::max({longest, e.ids.size(), d[i].example.ids.size()});
+      }
+      CHECK(d.longest(length) == longest);
+    }
+  }
+  request.deduplicate = true;
+  const LoadedExamples once = pairs_of(request);
+  CHECK(PreferenceList(once.examples).size() == 1800);
+  for (size_t i = 0; i < 1800; ++i) {
+    const PreferenceView pair = PreferenceList(once.examples)[i];
+    REQUIRE(pair.chosen.line == i + 1);
+    REQUIRE(pair.rejected.line == i + 1);
+  }
+  request.sources[0].weight = 0.5;
+  CHECK(error_from([&] { pairs_of(request); }).kind() == ErrorKind::usage);
 }
 
 TEST_CASE("raw text is kept in files too, and weighed like other rows") {
