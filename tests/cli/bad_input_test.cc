@@ -1,6 +1,7 @@
 // What a person sees when something is wrong: one line that names file, field and cure, an exit
 // code that is not 0, and nothing half-written.
 #include <doctest/doctest.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
@@ -47,7 +48,7 @@ TEST_CASE("bad input gets one line with file, field and cure, and a code that is
   const auto questions = folder.file("questions.jsonl", "{\"prompt\": \"a\", \"answer\": \"b\"}\n");
   const std::string out = (folder.path() / "out").string();
 
-  const std::vector<Case> cases = {
+  std::vector<Case> cases = {
       {"no such file", {"info", (folder.path() / "none.gguf").string()}, 66, {"none.gguf"}},
       {"a folder without a model", {"info", folder.path().string()}, 66, {"config.json"}},
       {"a model cut in half", {"info", cut.string()}, 65, {"cut.gguf", "blk.", "again"}},
@@ -98,6 +99,18 @@ TEST_CASE("bad input gets one line with file, field and cure, and a code that is
       {"no command", {}, 64, {"--help"}},
       {"a full disk", {"lighten", model.string(), "--out", "/dev/full/x.gguf"}, 74, {"/dev/full"}},
   };
+  // Prompts are learnt by supervised tuning alone, and by it not without the other answers.
+  for (const char* method : {"text", "dpo", "simpo", "orpo", "kto"})
+    cases.push_back({fmt::format("prompts to learn by {}", method),
+                     {"tune", "--method", method, model.string(), pairs.string(), "-o", out,
+                      "--train-on-prompt"},
+                     64,
+                     {"--train-on-prompt", "--method sft", "leave it out"}});
+  cases.push_back(
+      {"prompts to learn, and the last answer alone",
+       {"tune", model.string(), pairs.string(), "-o", out, "--last-turn-only", "--train-on-prompt"},
+       64,
+       {"--train-on-prompt", "--last-turn-only", "leave it out"}});
   for (const Case& item : cases) {
     CAPTURE(item.name);
     const Ended ended = run_program(item.words);
