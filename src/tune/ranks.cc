@@ -46,16 +46,36 @@ void add_to(Pool& pool, const float* x, size_t count, bool first, float* y) {
 // What starters of MPI programs tell a process: Open MPI and Slurm's PMIx, MPICH and Intel MPI.
 constexpr std::array<const char*, 2> kSizes = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"};
 
-// How many processes this one was started with; 1 where nothing says so.
-size_t started_with() {
-  for (const char* name : kSizes) {
+constexpr std::array<const char*, 2> kRanks = {"OMPI_COMM_WORLD_RANK", "PMI_RANK"};
+
+// The first of these that is a number; `otherwise` where none is.
+size_t told_by(std::span<const char* const> names, size_t otherwise) {
+  for (const char* name : names) {
     const char* text = std::getenv(name);
-    size_t size = 0;
+    size_t number = 0;
     if (text != nullptr &&
-        std::from_chars(text, text + std::strlen(text), size).ec == std::errc{} && size > 1)
-      return size;
+        std::from_chars(text, text + std::strlen(text), number).ec == std::errc{})
+      return number;
   }
-  return 1;
+  return otherwise;
+}
+
+// One of several processes that cannot work together, of which the first says so.
+class Refused : public OneRank {
+ public:
+  explicit Refused(size_t rank) { rank_ = rank; }
+  int run(const std::function<void()>&, bool (*)()) override {
+    // mpirun ends all when one ends: the first is to have been heard.
+    std::this_thread::sleep_for(std::chrono::seconds(2));
+    return exit_code(ErrorKind::unsupported);
+  }
+};
+
+std::unique_ptr<Ranks> refuse(std::string what, std::string cure) {
+  const size_t rank = told_by(kRanks, 0);
+  if (rank != 0) return std::make_unique<Refused>(rank);
+  throw Error(ErrorKind::unsupported,
+              {.where = "mpirun", .what = std::move(what), .cure = std::move(cure)});
 }
 
 }  // namespace
@@ -332,20 +352,17 @@ class MpiRanks : public Ranks {
 #endif
 
 std::unique_ptr<Ranks> join_ranks() {
-  const size_t wanted = started_with();
-  if (wanted == 1) return std::make_unique<OneRank>();
+  const size_t wanted = told_by(kSizes, 1);
+  if (wanted <= 1) return std::make_unique<OneRank>();
 #ifdef MORU_MPI
   auto ranks = std::make_unique<MpiRanks>();
   if (ranks->size() == wanted) return ranks;
-  throw Error(ErrorKind::unsupported,
-              {.where = "mpirun",
-               .what = fmt::format("has started {} processes that do not find each other", wanted),
-               .cure = "start moru with the mpirun of Open MPI"});
+  ranks.reset();
+  return refuse(fmt::format("has started {} processes that do not find each other", wanted),
+                "start moru with the mpirun of Open MPI");
 #else
-  throw Error(ErrorKind::unsupported,
-              {.where = "mpirun",
-               .what = "this moru was built without MPI and cannot run in several processes",
-               .cure = "install libopenmpi-dev and build it again"});
+  return refuse("this moru was built without MPI and cannot run in several processes",
+                "install libopenmpi-dev and build it again");
 #endif
 }
 

@@ -80,7 +80,8 @@ class OneRank : public Ranks {
 };
 
 // The ranks that mpirun started this process as one of; OneRank where nothing did. Once a process.
-// Error: unsupported, if this program was built without MPI.
+// Error: unsupported, if this program was built without MPI or they do not find each other; the
+// first of them alone throws it, the others' run() returns its exit code.
 std::unique_ptr<Ranks> join_ranks();
 
 template <typename T>

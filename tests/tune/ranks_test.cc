@@ -24,6 +24,10 @@ namespace {
 const std::string kModel = MORU_SOURCE_DIR "/tests/golden/tune/llama";
 
 bool has_mpirun() {
+#ifndef MORU_MPI
+  MESSAGE("skipped: built without MPI");
+  return false;
+#endif
   ::setenv("ASAN_OPTIONS", "detect_leaks=0", 0);  // Open MPI keeps what it has
   if (Program({"--version"}, "mpirun").wait().code == 0) return true;
   MESSAGE("skipped: there is no mpirun (apt-get install openmpi-bin)");
@@ -273,4 +277,15 @@ TEST_CASE("processes that cannot find each other are refused in one sentence") {
   const std::vector<std::string> said = errors_in(ended.output);
   REQUIRE(said.size() == 1);
   CHECK(said[0].starts_with("moru: mpirun: "));
+#ifndef MORU_MPI
+  CHECK(said[0].find("was built without MPI") != std::string::npos);
+#endif
+
+  ::setenv("PMI_SIZE", "2", 1);
+  ::setenv("PMI_RANK", "1", 1);  // the other one leaves it to the first
+  const Ended other = run_program({"tune", kModel, "rows.jsonl"});
+  ::unsetenv("PMI_SIZE");
+  ::unsetenv("PMI_RANK");
+  CHECK(other.code == exit_code(ErrorKind::unsupported));
+  CHECK(other.output.find("moru: ") == std::string::npos);
 }
