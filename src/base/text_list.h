@@ -1,5 +1,5 @@
-// A list of short texts, one after the other in one buffer: a vocabulary of 262 thousand costs a
-// tenth of what as many std::string do.
+// A list of short texts, one after the other in one buffer: four bytes each beside their own, where
+// a std::string takes 32.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -13,7 +13,7 @@
 namespace moru {
 
 // Cosines and sines of every position, computed when a position is first reached: a context of
-// 32,768 positions of 256 dimensions would take 33 MB and a second, and few conversations get
+// 32,768 positions of 256 dimensions would take 33 MB, and few conversations get
 // there.
 class RopeTables {
  public:
