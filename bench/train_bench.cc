@@ -1,7 +1,7 @@
 // Speed of one training step, as a share of what dense products reach on this machine.
 //
 // train_bench MODEL [--precision bf16|f32] [--recompute none|light|block] [--threads N] [--packed]
-//             [--text FILE] [--json] SHAPE…
+//             [--text FILE] [--steps N] [--json] SHAPE…
 //
 // Shapes:
 //   lora   4 documents of 512 tokens, all learnt; adapters of rank 16 on every matrix
@@ -10,7 +10,7 @@
 //   full   as lora, every weight learnt
 //   pairs  8 pairs: a prompt of 128 tokens, two answers of 64 each, DPO
 // Tokens are drawn evenly from the vocabulary, unless --text names a text to take them from.
-// --packed keeps a quantized model packed (QLoRA). Peers on the same shapes:
+// --packed keeps a quantized model packed (QLoRA). The best of --steps counts. Peers on the same shapes:
 // bench/peers/training.py.
 #include <fmt/format.h>
 
@@ -43,7 +43,7 @@ struct Flags {
   std::string model;
   Profile precision = Profile::bf16;
   Recompute recompute = Recompute::light;
-  size_t threads = usable_threads();
+  size_t threads = usable_threads(), steps = 3;
   bool packed = false, json = false;
   std::string text;
   std::vector<std::string> shapes;
@@ -169,7 +169,7 @@ void measure(Pool& pool, const Flags& flags, const std::string& name, double rat
   LoraTraining training(pool, model, lora, options);
   AdamW adamw(lora.values.size());
   double best = 1e9;
-  for (int step = 0; step < 3; ++step) {
+  for (size_t step = 0; step < flags.steps; ++step) {
     const Stopwatch watch;
     training.clear_gradients();
     const auto learnt = static_cast<double>(shape.batch.trained());
@@ -227,6 +227,8 @@ Flags flags_of(int argc, char** argv) {
                                            : Recompute::light;
     } else if (word == "--threads") {
       flags.threads = static_cast<size_t>(std::atoi(std::string(next()).c_str()));
+    } else if (word == "--steps") {
+      flags.steps = static_cast<size_t>(std::max(1, std::atoi(std::string(next()).c_str())));
     } else if (word == "--text") {
       flags.text = next();
     } else if (word == "--packed") {

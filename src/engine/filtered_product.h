@@ -23,8 +23,8 @@ namespace moru {
 inline constexpr float kFilteredShare = 1.0f / 1024;
 inline constexpr size_t kFilterRows = 12;       // rows that share their columns
 inline constexpr size_t kFilterColumns = 4096;  // of dY at a time
-// Elements between kept rows: an odd number of cache lines.
-inline constexpr size_t kKeptStride = kFilterColumns + 32;
+// Elements between kept rows: an odd number of cache lines, with room for what is asked for ahead.
+inline constexpr size_t kKeptStride = kFilterColumns + 96;
 // Columns of dX that are multiplied at a time.
 inline constexpr size_t kFilterTile = 32;
 

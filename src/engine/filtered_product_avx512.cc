@@ -17,7 +17,8 @@ constexpr size_t kLanes = 16;
 constexpr int kBounds = 16, kFirstBound = 12, kAtOnce = 8;
 constexpr size_t kSumBlock = 4096;
 // Pairs whose rows of W are asked for ahead.
-constexpr size_t kPairsAhead = 8;
+constexpr size_t kPairsAhead = 24;
+static_assert(kFilterColumns + 2 * kPairsAhead + 2 <= kKeptStride);
 
 constexpr size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 __mmask16 first_lanes(size_t count) {

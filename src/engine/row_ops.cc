@@ -154,18 +154,23 @@ void gate_rows(Pool& pool, Activation act, const float* gate, size_t ldg, const 
   });
 }
 
-void gate_rows_bf16(Pool& pool, Activation act, const uint16_t* gate, const uint16_t* up, size_t m,
-                    size_t n, uint16_t* h) {
-  each_range(pool, m * n, [&](size_t i, size_t count) {
-    float_kernels().gate_bf16(is_gelu(act), gate + i, up + i, count, h + i);
+void gate_rows_bf16(Pool& pool, Activation act, const uint16_t* gate, const uint16_t* up, size_t ld,
+                    size_t m, size_t n, uint16_t* h) {
+  each_rows(pool, m, n, [&](size_t first, size_t count) {
+    for (size_t i = first * ld; i < (first + count) * ld; i += ld)
+      float_kernels().gate_bf16(is_gelu(act), gate + i, up + i, n, h + i);
   });
 }
 
 void gate_backward_bf16(Pool& pool, Activation act, const uint16_t* gate, const uint16_t* up,
-                        const float* dh, size_t m, size_t n, uint16_t* d_gate, uint16_t* d_up) {
-  each_range(pool, m * n, [&](size_t i, size_t count) {
-    float_kernels().gate_backward_bf16(is_gelu(act), gate + i, up + i, dh + i, count, d_gate + i,
-                                       d_up + i);
+                        size_t ld, const float* dh, size_t m, size_t n, uint16_t* d_gate,
+                        uint16_t* d_up) {
+  each_rows(pool, m, n, [&](size_t first, size_t count) {
+    for (size_t row = first; row < first + count; ++row) {
+      const size_t i = row * ld;
+      float_kernels().gate_backward_bf16(is_gelu(act), gate + i, up + i, dh + row * n, n,
+                                         d_gate + i, d_up + i);
+    }
   });
 }
 
@@ -197,8 +202,23 @@ void round_to_bf16(Pool& pool, const float* x, size_t count, uint16_t* y) {
              [&](size_t i, size_t n) { float_kernels().round_to_bf16(x + i, n, y + i); });
 }
 
-void widen_bf16(Pool& pool, const uint16_t* x, size_t count, float* y) {
-  each_range(pool, count, [&](size_t i, size_t n) { float_kernels().widen_bf16(x + i, n, y + i); });
+void round_rows_to_bf16(Pool& pool, const float* x, size_t m, size_t n, uint16_t* y, size_t ldy) {
+  if (ldy == n) return round_to_bf16(pool, x, m * n, y);
+  each_rows(pool, m, n, [&](size_t first, size_t count) {
+    for (size_t row = first; row < first + count; ++row)
+      float_kernels().round_to_bf16(x + row * n, n, y + row * ldy);
+  });
+}
+
+void widen_rows_bf16(Pool& pool, const uint16_t* x, size_t ldx, size_t m, size_t n, float* y) {
+  const FloatKernels& kernels = float_kernels();
+  if (ldx == n)
+    return each_range(pool, m * n,
+                      [&](size_t i, size_t count) { kernels.widen_bf16(x + i, count, y + i); });
+  each_rows(pool, m, n, [&](size_t first, size_t count) {
+    for (size_t row = first; row < first + count; ++row)
+      kernels.widen_bf16(x + row * ldx, n, y + row * n);
+  });
 }
 
 void softcap_rows(Pool& pool, float* x, size_t count, float cap) {

@@ -51,10 +51,12 @@ void rope_rows(Pool& pool, const RopeTable& table, std::span<const int32_t> posi
 enum class Activation { silu, gelu_tanh, swiglu_oai };
 void gate_rows(Pool& pool, Activation act, const float* gate, size_t ldg, const float* up,
                size_t ldu, size_t m, size_t n, float* h, size_t ldh);
-void gate_rows_bf16(Pool& pool, Activation act, const uint16_t* gate, const uint16_t* up, size_t m,
-                    size_t n, uint16_t* h);
+// In bf16 all rows stand ld apart, but those of dh, f32, n.
+void gate_rows_bf16(Pool& pool, Activation act, const uint16_t* gate, const uint16_t* up, size_t ld,
+                    size_t m, size_t n, uint16_t* h);
 void gate_backward_bf16(Pool& pool, Activation act, const uint16_t* gate, const uint16_t* up,
-                        const float* dh, size_t m, size_t n, uint16_t* d_gate, uint16_t* d_up);
+                        size_t ld, const float* dh, size_t m, size_t n, uint16_t* d_gate,
+                        uint16_t* d_up);
 void gate_backward(Pool& pool, Activation act, const float* gate, const float* up, const float* dh,
                    size_t m, size_t n, float* d_gate, float* d_up);
 
@@ -64,7 +66,9 @@ void add_bias_rows(Pool& pool, float* y, size_t ldy, size_t m, size_t n, const f
 void add_rows(Pool& pool, const float* x, size_t ldx, size_t m, size_t n, float scale, float* y,
               size_t ldy);
 void round_to_bf16(Pool& pool, const float* x, size_t count, uint16_t* y);
-void widen_bf16(Pool& pool, const uint16_t* x, size_t count, float* y);
+// [m, n], the rows of f32 without gaps.
+void round_rows_to_bf16(Pool& pool, const float* x, size_t m, size_t n, uint16_t* y, size_t ldy);
+void widen_rows_bf16(Pool& pool, const uint16_t* x, size_t ldx, size_t m, size_t n, float* y);
 
 // logits = cap · tanh(logits / cap), in place.
 void softcap_rows(Pool& pool, float* x, size_t count, float cap);

@@ -28,10 +28,9 @@ size_t padded(size_t tokens) { return (tokens + kTokenTile - 1) / kTokenTile * k
 constexpr size_t kCopyTile = 1 << 16;
 
 // Rows of the head at a time: enough to amortise reading and packing its weights, little enough
-// that logits stay small beside activations (SmolLM2: 512 rows, 100 MB; Gemma 3: 256 rows, 270 MB,
-// a seventh faster than 64).
+// that logits stay small beside activations (SmolLM2: 100 MB, Gemma 3: 540 MB).
 size_t head_rows_for(size_t vocab) {
-  constexpr size_t kLogitsBytes = 256 << 20;
+  constexpr size_t kLogitsBytes = 512 << 20;
   return std::clamp(kLogitsBytes / (4 * vocab) / kTokenTile * kTokenTile, size_t{64}, size_t{512});
 }
 
@@ -125,24 +124,24 @@ void zero_floats(Pool& pool, float* x, size_t count) {
   });
 }
 
-void store(Pool& pool, const float* x, size_t count, const Rows& y) {
+void store(Pool& pool, const float* x, size_t rows, size_t cols, const Rows& y) {
   if (y.type == DType::bf16)
-    round_to_bf16(pool, x, count, y.bf16());
+    round_rows_to_bf16(pool, x, rows, cols, y.bf16(), y.ld);
   else
-    copy_floats(pool, x, count, y.f32());
+    copy_floats(pool, x, rows * cols, y.f32());
 }
 
-void load(Pool& pool, const Rows& x, size_t count, float* y) {
+void load(Pool& pool, const Rows& x, size_t rows, size_t cols, float* y) {
   if (x.type == DType::bf16)
-    widen_bf16(pool, x.bf16(), count, y);
+    widen_rows_bf16(pool, x.bf16(), x.ld, rows, cols, y);
   else
-    copy_floats(pool, x.f32(), count, y);
+    copy_floats(pool, x.f32(), rows * cols, y);
 }
 
 void norm_rows(Pool& pool, const float* x, size_t m, size_t n, const Vector& gain, float eps,
                const Rows& y, float* inverse_rms) {
   if (y.type == DType::bf16)
-    rms_norm_rows_bf16(pool, x, n, m, n, gain.data(), eps, y.bf16(), n, inverse_rms);
+    rms_norm_rows_bf16(pool, x, n, m, n, gain.data(), eps, y.bf16(), y.ld, inverse_rms);
   else
     rms_norm_rows(pool, x, n, m, n, gain.data(), eps, y.f32(), n, inverse_rms);
 }
@@ -216,23 +215,23 @@ void LoraTraining::State::lay_out(Arena& arena) {
   const bool keep_light = options.recompute == Recompute::none;
 
   const auto take_remade = [&](Kept& k) {  // what Recompute::light makes anew
-    k.n_attn = arena.take_rows(type, t, d);
-    k.n_ffn = arena.take_rows(type, t, d);
-    k.hidden = arena.take_rows(type, t, f);
+    k.n_attn = arena.take_operand(type, t, d);
+    k.n_ffn = arena.take_operand(type, t, d);
+    k.hidden = arena.take_operand(type, t, f);
   };
   const auto take_rest = [&](Kept& k, const LoraLayer& pairs) {
     k.rms_attn = arena.take<float>(t);
     k.qkv = arena.take_rows(type, t, qkv_width());
     k.lse = arena.take<float>(t * c.heads);
-    k.mixed = arena.take_rows(type, t, c.q_width());
+    k.mixed = arena.take_operand(type, t, c.q_width());
     k.x_ffn = arena.take<float>(t * d);
     k.rms_ffn = arena.take<float>(t);
-    k.gate = arena.take_rows(type, t, f);
-    k.up = arena.take_rows(type, t, f);
+    k.gate = arena.take_operand(type, t, f);
+    k.up = arena.take_operand(type, t, f);
     if (sandwich || lora->dora) {
-      k.attn_sub = arena.take_rows(type, t, d);
+      k.attn_sub = arena.take_operand(type, t, d);
       k.rms_attn_post = arena.take<float>(t);
-      k.ffn_sub = arena.take_rows(type, t, d);
+      k.ffn_sub = arena.take_operand(type, t, d);
       k.rms_ffn_post = arena.take<float>(t);
     }
     for (size_t g = 0; g < kInputGroups.size(); ++g)
@@ -275,14 +274,14 @@ void LoraTraining::State::lay_out(Arena& arena) {
   s.d_mixed = arena.take<float>(t * c.q_width());
   s.d_qkv = arena.take<float>(t * qkv_width());
   if (c.qk_norm != QkNorm::none) s.d_raw = arena.take<float>(t * qkv_width());
-  s.d_out = arena.take_rows(type, t, d);
+  s.d_out = arena.take_operand(type, t, d);
   s.d_proj = arena.take_rows(type, t, qkv_width());
   s.du = arena.take_rows(type, t, std::max(largest_group_rank(*lora), size_t{1}));
 
   const size_t h = head_rows;
   s.head_x = arena.take<float>(h * d);
   s.head_rms = arena.take<float>(h);
-  s.head_n = arena.take_rows(type, h, d);
+  s.head_n = arena.take_operand(type, h, d);
   s.logits = arena.take<float>(h * c.vocab);
   if (c.final_softcap != 0) s.capped = arena.take<float>(h * c.vocab);
   // Rounded where they stand: a row of bf16 begins where its row of f32 did.
@@ -307,8 +306,8 @@ void LoraTraining::State::lay_out(Arena& arena) {
     dora.squared_norms = arena.take<float>(magnitudes);
     dora.scales = arena.take<float>(magnitudes);
     dora.low = arena.take<float>(low);
-    dora.gate = arena.take_rows(type, t, f);
-    dora.up = arena.take_rows(type, t, f);
+    dora.gate = arena.take_operand(type, t, f);
+    dora.up = arena.take_operand(type, t, f);
   }
   // Room for whatever has to be unpacked, were it only because it is stored in another precision.
   size_t most = 0;
@@ -387,7 +386,7 @@ LoraTraining::~LoraTraining() = default;
 
 void LoraTraining::refresh() {
   State& s = *state_;
-  store(*s.pool, s.lora->values.data(), s.pair_values, s.values);
+  store(*s.pool, s.lora->values.data(), 1, s.pair_values, s.values);
   put_whole(*s.pool, *s.lora, *s.model);
   refresh_scales(s);
 }

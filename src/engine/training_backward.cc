@@ -87,7 +87,7 @@ Rows output_gradient(LoraTraining::State& s, const Vector& post_norm, const Rows
   const size_t t = s.tokens, d = c.width;
   if (post_norm.empty() && c.residual_scale == 1) {
     if (s.type == DType::f32 && !own) return {DType::f32, s.scratch.dx, d};
-    store(*s.pool, s.scratch.dx, t * d, s.scratch.d_out);
+    store(*s.pool, s.scratch.dx, t, d, s.scratch.d_out);
     return s.scratch.d_out;
   }
   // d_sub stands in dn, which no one needs yet; sub is widened into scratch.sub.
@@ -96,12 +96,12 @@ Rows output_gradient(LoraTraining::State& s, const Vector& post_norm, const Rows
   if (post_norm.empty()) {
     add_rows(*s.pool, s.scratch.dx, d, t, d, c.residual_scale, d_sub, d);
   } else {
-    load(*s.pool, sub, t * d, s.scratch.sub);
+    load(*s.pool, sub, t, d, s.scratch.sub);
     rms_norm_backward(*s.pool, s.scratch.sub, d, rms_post, s.scratch.dx, d, t, d, post_norm.data(),
                       d_sub, d, s.gradient_of(post_norm));
     if (c.residual_scale != 1) add_rows(*s.pool, d_sub, d, t, d, c.residual_scale - 1, d_sub, d);
   }
-  store(*s.pool, d_sub, t * d, s.scratch.d_out);
+  store(*s.pool, d_sub, t, d, s.scratch.d_out);
   return s.scratch.d_out;
 }
 
@@ -118,7 +118,7 @@ void gate_gradients(LoraTraining::State& s, const Kept& k, const float* d_hidden
   const Activation act = s.config().activation;
   const size_t n = s.config().ffn_width;
   if (s.type == DType::bf16)
-    gate_backward_bf16(*s.pool, act, k.gate.bf16(), k.up.bf16(), d_hidden, s.tokens, n,
+    gate_backward_bf16(*s.pool, act, k.gate.bf16(), k.up.bf16(), k.gate.ld, d_hidden, s.tokens, n,
                        k.gate.bf16(), k.up.bf16());
   else
     gate_backward(*s.pool, act, k.gate.f32(), k.up.f32(), d_hidden, s.tokens, n, k.gate.f32(),
@@ -138,7 +138,7 @@ void unfinish_qkv(LoraTraining::State& s, size_t layer, const Kept& kept) {
   }
   float* by_projected = s.scratch.d_qkv;
   if (c.qk_norm == QkNorm::rms_before_rope) {
-    load(*s.pool, kept.qkv, t * s.qkv_width(), s.scratch.qkv);
+    load(*s.pool, kept.qkv, t, s.qkv_width(), s.scratch.qkv);
     const Qkv<float> raw = split_qkv(s, s.scratch.qkv), d_raw = split_qkv(s, s.scratch.d_raw);
     zero_floats(*s.pool, d_raw.q, t * (c.q_width() + c.kv_width()));
     rms_norm_backward(*s.pool, raw.q, h, s.scratch.rms_q, d.q, h, t * c.heads, h, w.q_norm.data(),
@@ -148,7 +148,7 @@ void unfinish_qkv(LoraTraining::State& s, size_t layer, const Kept& kept) {
     copy_floats(*s.pool, d.v, t * c.kv_width(), d_raw.v);
     by_projected = s.scratch.d_raw;
   }
-  store(*s.pool, by_projected, t * s.qkv_width(), s.scratch.d_proj);
+  store(*s.pool, by_projected, t, s.qkv_width(), s.scratch.d_proj);
 }
 
 }  // namespace
@@ -206,7 +206,7 @@ void backward_layer(LoraTraining::State& s, size_t layer, const Kept& k) {
                  wants_mixed ? sc.d_mixed : nullptr);
   if (!wants_mixed) return;
   finish_qkv(s, layer, k);
-  load(*s.pool, k.mixed, t * qw, sc.mixed);
+  load(*s.pool, k.mixed, t, qw, sc.mixed);
   const Qkv<float> x = split_qkv(s, sc.qkv), dx = split_qkv(s, sc.d_qkv);
   attend_packed_backward(*s.pool, s.attention(layer), s.documents, x.q, qw, x.k, x.v, kvw, sc.mixed,
                          sc.d_mixed, qw, k.lse, dx.q, dx.k, dx.v);

@@ -46,7 +46,7 @@ void project_rows(LoraTraining::State& s, size_t layer, Projection projection, c
   project(s, layer, projection, x, u, u_column, {DType::f32, wide, out, false, 1});
   scale_output(s, layer, projection, wide, out);
   if (!bias.empty()) add_bias_rows(*s.pool, wide, out, s.tokens, out, bias.data());
-  store(*s.pool, wide, s.tokens * out, to);
+  store(*s.pool, wide, s.tokens, out, to);
 }
 
 // x_next = x + residual_scale · (sub, or norm(sub) in a sandwich), sub = input · Wᵀ (+ bias).
@@ -71,10 +71,10 @@ void add_sub_layer(LoraTraining::State& s, size_t layer, const SubLayer& part, c
   project(s, layer, part.projection, input, part.u, 0, {DType::f32, sub, d, false, 1});
   scale_output(s, layer, part.projection, sub, d);
   if (!part.bias.empty()) add_bias_rows(*s.pool, sub, d, t, d, part.bias.data());
-  if (dora || !part.post_norm.empty()) store(*s.pool, sub, t * d, part.sub);
+  if (dora || !part.post_norm.empty()) store(*s.pool, sub, t, d, part.sub);
   if (!part.post_norm.empty()) {
     // The norm reads what the backward pass will read, rounded in bf16.
-    load(*s.pool, part.sub, t * d, sub);
+    load(*s.pool, part.sub, t, d, sub);
     rms_norm_rows(*s.pool, sub, d, t, d, part.post_norm.data(), c.norm_eps, sub, d, part.rms_post);
   }
   add_rows(*s.pool, sub, d, t, d, c.residual_scale, x_next, d);
@@ -86,7 +86,7 @@ void finish_qkv(LoraTraining::State& s, size_t layer, const Kept& kept) {
   const Config& c = s.config();
   const Layer& w = s.model->layers[layer];
   const size_t t = s.tokens, h = c.head_dim;
-  load(*s.pool, kept.qkv, t * s.qkv_width(), s.scratch.qkv);
+  load(*s.pool, kept.qkv, t, s.qkv_width(), s.scratch.qkv);
   const Qkv<float> x = split_qkv(s, s.scratch.qkv);
   if (c.qk_norm == QkNorm::rms_before_rope) {
     rms_norm_rows(*s.pool, x.q, h, t * c.heads, h, w.q_norm.data(), c.norm_eps, x.q, h,
@@ -103,8 +103,8 @@ void finish_qkv(LoraTraining::State& s, size_t layer, const Kept& kept) {
 void make_hidden(LoraTraining::State& s, const Kept& k) {
   const size_t n = s.config().ffn_width;
   if (s.type == DType::bf16)
-    gate_rows_bf16(*s.pool, s.config().activation, k.gate.bf16(), k.up.bf16(), s.tokens, n,
-                   k.hidden.bf16());
+    gate_rows_bf16(*s.pool, s.config().activation, k.gate.bf16(), k.up.bf16(), k.gate.ld,
+                   s.tokens, n, k.hidden.bf16());
   else
     gate_rows(*s.pool, s.config().activation, k.gate.f32(), n, k.up.f32(), n, s.tokens, n,
               k.hidden.f32(), n);
@@ -129,7 +129,7 @@ void forward_layer(LoraTraining::State& s, size_t layer, const Kept& k, float* x
   const Qkv<float> x = split_qkv(s, s.scratch.qkv);
   attend_packed(*s.pool, s.attention(layer), s.documents, x.q, qw, x.k, x.v, kvw, s.scratch.mixed,
                 qw, k.lse);
-  store(*s.pool, s.scratch.mixed, t * qw, k.mixed);
+  store(*s.pool, s.scratch.mixed, t, qw, k.mixed);
   shrink(s, layer, 1, k.mixed, k.u[1]);
   add_sub_layer(
       s, layer,

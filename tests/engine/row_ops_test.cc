@@ -57,6 +57,13 @@ double gelu_argument(double x) { return 2 * std::sqrt(2 / M_PI) * (x + 0.044715 
 double gelu(double x) { return x / (1 + std::exp(-gelu_argument(x))); }
 double slope(double (*f)(double), double x) { return (f(x + 1e-5) - f(x - 1e-5)) / 2e-5; }
 
+// Rows of n elements, ld apart, something else between them.
+std::vector<uint16_t> apart(const std::vector<uint16_t>& rows, size_t n, size_t ld) {
+  std::vector<uint16_t> all(rows.size() / n * ld, 0x1234);
+  for (size_t i = 0; i < rows.size(); ++i) all[i / n * ld + i % n] = rows[i];
+  return all;
+}
+
 }  // namespace
 
 TEST_CASE("rms_norm_rows is x · w / sqrt(mean(x²) + eps), strided and in place") {
@@ -202,19 +209,29 @@ TEST_CASE("gates agree with silu and gelu in double, forward and backward") {
       const std::vector<float> gate32 = widened(gate16), up32 = widened(up16);
       std::vector<uint16_t> h16(m * n), dg16(m * n), du16(m * n);
       gate_rows(pool, act, gate32.data(), n, up32.data(), n, m, n, h.data(), n);
-      gate_rows_bf16(pool, act, gate16.data(), up16.data(), m, n, h16.data());
+      gate_rows_bf16(pool, act, gate16.data(), up16.data(), n, m, n, h16.data());
       CHECK(same_bits(h16, rounded(h)));
       gate_backward(pool, act, gate32.data(), up32.data(), dh.data(), m, n, d_gate.data(),
                     d_up.data());
-      gate_backward_bf16(pool, act, gate16.data(), up16.data(), dh.data(), m, n, dg16.data(),
+      gate_backward_bf16(pool, act, gate16.data(), up16.data(), n, dh.data(), m, n, dg16.data(),
                          du16.data());
       CHECK(same_bits(dg16, rounded(d_gate)));
       CHECK(same_bits(du16, rounded(d_up)));
       std::vector<uint16_t> g_alias = gate16, u_alias = up16;
-      gate_backward_bf16(pool, act, g_alias.data(), u_alias.data(), dh.data(), m, n, g_alias.data(),
-                         u_alias.data());
+      gate_backward_bf16(pool, act, g_alias.data(), u_alias.data(), n, dh.data(), m, n,
+                         g_alias.data(), u_alias.data());
       CHECK(same_bits(g_alias, dg16));
       CHECK(same_bits(u_alias, du16));
+      // Rows that stand apart: what is between them stays.
+      const size_t ld = n + 3;
+      std::vector<uint16_t> g_apart = apart(gate16, n, ld), u_apart = apart(up16, n, ld),
+                            h_apart = apart(std::vector<uint16_t>(m * n), n, ld);
+      gate_rows_bf16(pool, act, g_apart.data(), u_apart.data(), ld, m, n, h_apart.data());
+      CHECK(same_bits(h_apart, apart(h16, n, ld)));
+      gate_backward_bf16(pool, act, g_apart.data(), u_apart.data(), ld, dh.data(), m, n,
+                         g_apart.data(), u_apart.data());
+      CHECK(same_bits(g_apart, apart(dg16, n, ld)));
+      CHECK(same_bits(u_apart, apart(du16, n, ld)));
     }
   }
 }
@@ -257,7 +274,16 @@ TEST_CASE("bf16 rounds to nearest even and keeps NaN, infinities and subnormals"
   round_to_bf16(pool, x.data(), x.size(), y.data());
   CHECK(same_bits(y, rounded(x)));
   std::vector<float> back(x.size());
-  widen_bf16(pool, y.data(), y.size(), back.data());
+  widen_rows_bf16(pool, y.data(), y.size(), 1, y.size(), back.data());
+  CHECK(same_bits(back, widened(y)));
+  // Rows that stand apart: what is between them stays.
+  constexpr size_t kRows = 11, kCols = 9091, kLd = kCols + 5;
+  static_assert(kRows * kCols == 100'001);
+  std::vector<uint16_t> spread = apart(std::vector<uint16_t>(y.size()), kCols, kLd);
+  round_rows_to_bf16(pool, x.data(), kRows, kCols, spread.data(), kLd);
+  CHECK(same_bits(spread, apart(y, kCols, kLd)));
+  std::ranges::fill(back, 0.0f);
+  widen_rows_bf16(pool, spread.data(), kLd, kRows, kCols, back.data());
   CHECK(same_bits(back, widened(y)));
 }
 
