@@ -22,9 +22,14 @@ PageBuffer::PageBuffer(size_t bytes) : bytes_(bytes) {
     throw Error(ErrorKind::no_space, {.where = "memory",
                                       .what = fmt::format("{} MB are not to be had", bytes >> 20),
                                       .cure = "close other programs or take a smaller model"});
-  constexpr size_t kHugePage = 2 << 20;
-  if (bytes >= kHugePage) ::madvise(mapped, bytes, MADV_HUGEPAGE);
   data_ = mapped;
+  // Whole huge pages alone: the one that the end falls into would cost what it does not hold.
+  constexpr size_t kHugePage = 2 << 20;
+  const auto start = reinterpret_cast<uintptr_t>(mapped);
+  const size_t before = -start % kHugePage;
+  if (bytes >= before + kHugePage)
+    ::madvise(static_cast<std::byte*>(mapped) + before, (bytes - before) / kHugePage * kHugePage,
+              MADV_HUGEPAGE);
 }
 
 PageBuffer::~PageBuffer() {

@@ -33,8 +33,8 @@ struct AttentionSpan {
   const KvSequence* sequence;
 };
 
-// q, out: [rows, heads · head_dim] f32, rows `ld` apart. out may not be q. Allocates nothing once
-// its scratch memory (per thread some 300 KB, and the parts of long contexts) has grown.
+// q, out: [rows, heads · head_dim] f32, rows `ld` apart. out may be q. Allocates nothing once its
+// scratch memory (per thread some 300 KB, and the parts of long contexts) has grown.
 void attend_cached(Pool& pool, const AttentionShape& shape, const KvCache& cache, size_t layer,
                    std::span<const AttentionSpan> spans, const float* q, size_t ldq, float* out,
                    size_t ldo);

@@ -61,8 +61,10 @@ struct Engine::State {
   KvCache cache;
   InputWatcher watcher;
 
-  // One step's activations; rows beyond the step's tokens are stale. The feed-forward network works
-  // where attention has worked before, and `gate` becomes what enters its last product.
+  // One step's activations; rows beyond the step's tokens are stale. Attention, the feed-forward
+  // network and logits follow each other in the same memory, and `gate` becomes what enters the
+  // last product of its network. `up` comes last: many rows of quantized products are gated before
+  // they get here, and never touch it.
   PageBuffer memory;
   Rows x, norm, branch, q, k, v, mixed, gate, up, logits;
   Operand operand;
@@ -111,15 +113,17 @@ struct Engine::State {
     const bool apart = c.norm_layout == NormLayout::parallel || c.experts.count != 0;
     if (apart) add(step_tokens, c.width, {&norm});
     const size_t shared = end;
-    add(step_tokens, c.q_width(), {&q, &mixed});
+    add(step_tokens, c.q_width(), {&q});
     add(step_tokens, c.kv_width(), {&k, &v});
     const size_t attention_end = std::exchange(end, shared);
-    add(step_tokens, c.ffn_width, {&gate, &up});
-    end = std::max(end, attention_end);
     add(kLogitRows, c.vocab, {&logits});
+    const size_t logits_end = std::exchange(end, shared);
+    add(step_tokens, c.ffn_width, {&gate, &up});
+    end = std::max({end, attention_end, logits_end});
     memory = PageBuffer(end * sizeof(float));
     for (const auto& [matrix, at] : places) matrix->first = static_cast<float*>(memory.data()) + at;
     if (!apart) norm = branch;
+    mixed = q;
   }
 
   void watch(size_t layer, std::string_view part, const Rows& rows) const {
@@ -324,12 +328,17 @@ struct Engine::State {
   void feed_forward(size_t index, Rows& in) {
     const Layer& w = model.layers[index];
     watch(index, "ffn_gate", in);
-    operand.multiply(pool, {{&w.gate, gate.data(), gate.cols}, {&w.up, up.data(), up.cols}},
-                     {&w.down});
-    adapt(index, kInputGroups[2], in, {&gate, &up});
+    const Activation act = model.config.activation;
+    const bool gated =
+        adapter_spans.empty() &&
+        operand.multiply_gated(pool, w.gate, w.up, act, gate.data(), gate.cols);
+    if (!gated) {
+      operand.multiply(pool, {{&w.gate, gate.data(), gate.cols}, {&w.up, up.data(), up.cols}},
+                       {&w.down});
+      adapt(index, kInputGroups[2], in, {&gate, &up});
+    }
     operand.make(pool, gate.data(), tokens, gate.cols, w.down, [&](size_t row) {
-      gate_rows(pool, model.config.activation, gate.row(row), gate.cols, up.row(row), up.cols, 1,
-                gate.cols, gate.row(row), gate.cols);
+      if (!gated) gate_elements(act, gate.row(row), up.row(row), gate.cols, gate.row(row));
     });
     watch(index, "ffn_down", gate);
     const LinearProduct down{&w.down, branch.data(), branch.cols};

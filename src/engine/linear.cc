@@ -58,11 +58,22 @@ void Operand::multiply(Pool& pool, std::initializer_list<LinearProduct> products
     multiply_few_rows(pool, bf16(pool), m_, k_, few_rows_products_, next_);
   if (!bf16_products_.empty()) matmul_nt(pool, DenseView::bf16(bf16(pool), m_, k_), bf16_products_);
   if (quant_products_.empty()) return;
+  matmul(pool, quantized(pool), quant_products_, next_);
+}
+
+bool Operand::multiply_gated(Pool& pool, const Matrix& gate, const Matrix& up, Activation act,
+                             float* h, size_t ldh) {
+  const QuantMatrix *g = gate.quantized(), *u = up.quantized();
+  if (m_ == 0 || g == nullptr || u == nullptr) return false;
+  return matmul_gated(pool, quantized(pool), *g, *u, act, h, ldh);
+}
+
+const QuantizedRows& Operand::quantized(Pool& pool) {
   if (!quantized_ready_) {
     quantize_rows(pool, x_, k_, m_, k_, quantized_);
     quantized_ready_ = true;
   }
-  matmul(pool, quantized_, quant_products_, next_);
+  return quantized_;
 }
 
 const uint16_t* Operand::bf16(Pool& pool) {

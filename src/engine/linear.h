@@ -51,9 +51,15 @@ class Operand {
   // the phase after this one.
   void multiply(Pool& pool, std::initializer_list<LinearProduct> products,
                 std::initializer_list<const Matrix*> next = {});
+  // h = act(x · gateᵀ) · (x · upᵀ) without the two products in memory; false, with nothing done,
+  // where their weights or the number of rows do not allow it.
+  bool multiply_gated(Pool& pool, const Matrix& gate, const Matrix& up, Activation act, float* h,
+                      size_t ldh);
 
  private:
-  const uint16_t* bf16(Pool& pool);  // the rows rounded, made when first asked for
+  // The forms of the rows, made when first asked for.
+  const uint16_t* bf16(Pool& pool);
+  const QuantizedRows& quantized(Pool& pool);
 
   const float* x_ = nullptr;
   size_t m_ = 0, k_ = 0;

@@ -80,9 +80,16 @@ class Scratch {
     return {reinterpret_cast<int16_t*>(at), reinterpret_cast<float*>(at + codes),
             reinterpret_cast<float*>(at + codes + scales), lanes};
   }
+  // Two stripes' products with the tokens of a block.
+  std::array<float*, 2> products() {
+    constexpr size_t kCount = kMostBlock * kStripeRows;
+    if (products_.bytes() == 0) products_ = PageBuffer(2 * kCount * sizeof(float));
+    auto* at = static_cast<float*>(products_.data());
+    return {at, at + kCount};
+  }
 
  private:
-  PageBuffer memory_;
+  PageBuffer memory_, products_;
 };
 thread_local Scratch scratch;
 
@@ -200,10 +207,9 @@ void multiply_panels(const QuantizedRows& x, const QuantProduct& p, size_t begin
   }
 }
 
-// One stripe of 32 rows times tokens [t, t + most), fewer where x ends.
-void multiply_stripe(const QuantizedRows& x, const QuantProduct& p, size_t stripe_at, size_t t,
-                     size_t most) {
-  const QuantMatrix& w = *p.w;
+// One stripe of 32 rows times tokens [t, t + count); y is its first element.
+void multiply_stripe(const QuantizedRows& x, const QuantMatrix& w, size_t stripe_at, size_t t,
+                     size_t count, const Target& y) {
   const size_t row = stripe_at * kStripeRows;
   const size_t rows = std::min(kStripeRows, w.rows() - row);
   const PanelFormat& format = format_of(w);
@@ -218,11 +224,21 @@ void multiply_stripe(const QuantizedRows& x, const QuantProduct& p, size_t strip
     unpack(panel, panel + panels.codes_at, panels.units,
            {stripe.codes + 2 * lane, stripe.scales + lane, stripe.mins + lane, stripe.lanes});
   }
-  const size_t count = std::min(most, x.rows() - t);
   const auto& multiply = narrow ? kernels().stripe8 : kernels().stripe;
   multiply[format.block == 16][format.has_min](
-      stripe, w.cols(), rows, QuantizedRowsView::tokens(x, t, count, format.block),
-      {p.y + t * p.ldy + row, p.ldy, p.store == Store::add});
+      stripe, w.cols(), rows, QuantizedRowsView::tokens(x, t, count, format.block), y);
+}
+
+// work(stripe, t, count) for `stripes` stripes and all tokens, a block of them at a time.
+template <typename Work>
+void each_stripe(Pool& pool, size_t stripes, size_t m, Work&& work) {
+  const size_t block = std::clamp(round_up(divide_up(m, pool.size()), 4), kLeastBlock, kMostBlock);
+  each_piece(pool, stripes * divide_up(m, block), 1, [&](size_t begin, size_t end) {
+    for (size_t item = begin; item < end; ++item) {
+      const size_t t = item / stripes * block;
+      work(item % stripes, t, std::min(block, m - t));
+    }
+  });
 }
 
 }  // namespace
@@ -301,15 +317,29 @@ void matmul(Pool& pool, const QuantizedRows& x, std::span<const QuantProduct> pr
                                multiply_panels(x, products[product], begin, end, until);
                              });
   }
-  const size_t block = std::clamp(round_up(divide_up(m, pool.size()), 4), kLeastBlock, kMostBlock);
-  each_piece(pool, stripes * divide_up(m, block), 1, [&](size_t begin, size_t end) {
-    for (size_t item = begin; item < end; ++item) {
-      size_t stripe = item % stripes;
-      const QuantProduct* p = products.data();
-      for (; stripe >= stripes_of(*p->w); ++p) stripe -= stripes_of(*p->w);
-      multiply_stripe(x, *p, stripe, item / stripes * block, block);
-    }
+  each_stripe(pool, stripes, m, [&](size_t stripe, size_t t, size_t count) {
+    const QuantProduct* p = products.data();
+    for (; stripe >= stripes_of(*p->w); ++p) stripe -= stripes_of(*p->w);
+    multiply_stripe(x, *p->w, stripe, t, count,
+                    {p->y + t * p->ldy + stripe * kStripeRows, p->ldy, p->store == Store::add});
   });
+}
+
+bool matmul_gated(Pool& pool, const QuantizedRows& x, const QuantMatrix& gate,
+                  const QuantMatrix& up, Activation act, float* h, size_t ldh) {
+  if (!by_stripes(x.rows()) || act == Activation::swiglu_oai || gate.rows() != up.rows())
+    return false;
+  MORU_CHECK(gate.cols() == x.cols() && up.cols() == x.cols());
+  each_stripe(pool, stripes_of(gate), x.rows(), [&](size_t stripe, size_t t, size_t count) {
+    const auto [g, u] = scratch.products();
+    multiply_stripe(x, gate, stripe, t, count, {g, kStripeRows, false});
+    multiply_stripe(x, up, stripe, t, count, {u, kStripeRows, false});
+    gate_elements(act, g, u, count * kStripeRows, g);
+    const size_t row = stripe * kStripeRows, rows = std::min(kStripeRows, gate.rows() - row);
+    for (size_t i = 0; i < count; ++i)
+      std::copy_n(g + i * kStripeRows, rows, h + (t + i) * ldh + row);
+  });
+  return true;
 }
 
 void matmul(Pool& pool, const QuantizedRows& x, const QuantMatrix& w, float* y, size_t ldy,

@@ -142,15 +142,16 @@ void rope_rows(Pool& pool, const RopeTable& table, std::span<const int32_t> posi
   });
 }
 
+void gate_elements(Activation act, const float* gate, const float* up, size_t n, float* h) {
+  if (act == Activation::swiglu_oai) return gate_oai(gate, up, n, h);
+  float_kernels().gate(is_gelu(act), gate, up, n, h);
+}
+
 void gate_rows(Pool& pool, Activation act, const float* gate, size_t ldg, const float* up,
                size_t ldu, size_t m, size_t n, float* h, size_t ldh) {
   each_rows(pool, m, n, [&](size_t first, size_t count) {
-    for (size_t row = first; row < first + count; ++row) {
-      if (act == Activation::swiglu_oai)
-        gate_oai(gate + row * ldg, up + row * ldu, n, h + row * ldh);
-      else
-        float_kernels().gate(is_gelu(act), gate + row * ldg, up + row * ldu, n, h + row * ldh);
-    }
+    for (size_t row = first; row < first + count; ++row)
+      gate_elements(act, gate + row * ldg, up + row * ldu, n, h + row * ldh);
   });
 }
 

@@ -51,6 +51,8 @@ void rope_rows(Pool& pool, const RopeTable& table, std::span<const int32_t> posi
 enum class Activation { silu, gelu_tanh, swiglu_oai };
 void gate_rows(Pool& pool, Activation act, const float* gate, size_t ldg, const float* up,
                size_t ldu, size_t m, size_t n, float* h, size_t ldh);
+// n elements by the calling thread.
+void gate_elements(Activation act, const float* gate, const float* up, size_t n, float* h);
 // In bf16 all rows stand ld apart, but those of dh, f32, n.
 void gate_rows_bf16(Pool& pool, Activation act, const uint16_t* gate, const uint16_t* up, size_t ld,
                     size_t m, size_t n, uint16_t* h);
