@@ -326,6 +326,13 @@ TEST_CASE("sequences in one batch do not touch each other's bits") {
   std::vector<float> out(q.size());
   attend_cached(pool, s, cache, 0, spans, q.data(), ldq, out.data(), ldq);
   CHECK(same_bits(out, alone));
+  // In the queries' place, by few items that are split and by many that are not.
+  for (const size_t threads : {2, 12}) {
+    Pool several(threads);
+    std::vector<float> place = q;
+    attend_cached(several, s, cache, 0, spans, place.data(), ldq, place.data(), ldq);
+    CHECK(same_bits(place, alone));
+  }
 }
 
 TEST_CASE("what lies in a page beyond the sequence's tokens is never read into a result") {

@@ -492,6 +492,38 @@ TEST_CASE("a product has the same bits for any number of threads, rows beside it
     }
 }
 
+TEST_CASE("gated products have the bits of gating two products") {
+  constexpr size_t kRows = 75, kCols = 512, kLd = 80;
+  for (const Activations kind : {Activations::int16, Activations::int8})
+    for (const DType up_type : {DType::q8_0, DType::q6_k})
+      for (const size_t threads : {1, 2, 3})
+        for (const size_t m : {63, 64, 65, 257, 600}) {
+          CAPTURE(m);
+          Pool pool(threads);
+          const QuantMatrix gate = QuantMatrix::pack(pool, DType::q4_k, kRows, kCols,
+                                                     random_tensor(DType::q4_k, kRows, kCols, 1));
+          const QuantMatrix up = QuantMatrix::pack(pool, up_type, kRows, kCols,
+                                                   random_tensor(up_type, kRows, kCols, 2));
+          std::vector<float> x = random_floats(m * kCols, 3);
+          for (float& v : x) v *= 0.005f;  // or every gate would be open or shut
+          QuantizedRows rows(kind);
+          quantize_rows(pool, x.data(), kCols, m, kCols, rows);
+          std::vector<float> g(m * kLd, 7), u(m * kLd, 7), h(m * kLd, 7);
+          matmul(pool, rows, gate, g.data(), kLd);
+          matmul(pool, rows, up, u.data(), kLd);
+          for (const Activation act : {Activation::silu, Activation::gelu_tanh}) {
+            std::ranges::fill(h, 7.0f);
+            const bool done = matmul_gated(pool, rows, gate, up, act, h.data(), kLd);
+            CHECK(done == (m >= 64));
+            if (!done) continue;
+            std::vector<float> wanted(m * kLd, 7);
+            gate_rows(pool, act, g.data(), kLd, u.data(), kLd, m, kRows, wanted.data(), kLd);
+            CHECK(same_bits(h, wanted));
+          }
+          CHECK(!matmul_gated(pool, rows, gate, up, Activation::swiglu_oai, h.data(), kLd));
+        }
+}
+
 TEST_CASE("adding to y is one fused multiply-add after the product") {
   Pool pool(2);
   const size_t rows = 40, cols = 64, m = 20;
