@@ -2,12 +2,14 @@
 """moru's training beside torch: one table of one run, on an otherwise idle machine.
 
     bench/peers/training.py TRAIN_BENCH [--only lora,rows,short,full,pairs,gemma,packed] [--text FILE]
-                            [--wrap COMMAND]
+                            [--rounds N] [--wrap COMMAND]
 
 torch, transformers and PEFT run in this interpreter's environment (start it with the peers' python);
 models are looked for in $MORU_PEERS (default ~/.cache/moru-peers). Both sides use --threads threads,
 bf16 and the same tokens, the first of --text or else even draws from the vocabulary (which no model
-expects, so that moru's head finds nothing to leave out); the best of three steps counts. A peer runs in a process of its own, so
+expects, so that moru's head finds nothing to leave out); the best of three steps counts, and of
+--rounds rounds, in which the two take turns, the median, beside the lowest and highest ratio of a
+round. "packed" (QLoRA) is compared with moru's own LoRA of the same round. A peer runs in a process of its own, so
 that its peak memory is its own. What TRL does for a step of DPO without precomputed reference: the
 policy's and the reference's forward pass over both answers, each with its own prompt, the same
 forward pass being the reference's with the adapter off. Rows of unequal length are padded to the
@@ -20,6 +22,7 @@ import os
 import shlex
 import subprocess
 import sys
+from statistics import median
 
 PEERS = os.environ.get("MORU_PEERS", os.path.expanduser("~/.cache/moru-peers"))
 SMOL = f"{PEERS}/models/SmolLM2-135M-Instruct.Q4_1-hf"
@@ -144,6 +147,7 @@ def main():
     parser.add_argument("bench")
     parser.add_argument("--only", default=",".join(ROWS))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--text", default="", help="a text whose tokens both learn")
     parser.add_argument("--wrap", default="", help="put before each command, to run it alone")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
@@ -151,19 +155,30 @@ def main():
     if args.peer:
         return peer(args.bench, args.peer, args.threads, args.text)
     print(f"{'':10}{'moru t/s':>10}{'of products':>13}{'peak MB':>9}{'torch t/s':>11}{'peak MB':>9}"
-          f"{'ratio':>8}")
+          f"{'ratio':>8}{'lowest':>8}{'highest':>8}")
     for name in args.only.split(","):
-        model, shape, flags, mode = ROWS[name]
-        ours = last_json([args.bench, model, "--threads", args.threads, "--json", "--text", args.text, *flags,
+        rounds = [measure(name, args) for _ in range(args.rounds)]
+        ours, theirs = ([pair[side] for pair in rounds] for side in (0, 1))
+        speed = [median(row["tokens_per_second"] for row in side) for side in (ours, theirs)]
+        ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in rounds]
+        print(f"{name:10}{speed[0]:10.0f}{100 * median(row['share_of_products'] for row in ours):11.0f} %"
+              f"{median(row['peak_bytes'] for row in ours) / 1e6:9.0f}"
+              f"{speed[1]:11.0f}{median(row['peak_bytes'] for row in theirs) / 1e6:9.0f}"
+              f"{median(ratios):7.2f}×{min(ratios):7.2f}×{max(ratios):7.2f}×", flush=True)
+
+
+def measure(name, args):
+    """moru's row and the peer's, of one round."""
+    model, shape, flags, mode = ROWS[name]
+
+    def ours(model, shape, flags):
+        return last_json([args.bench, model, "--threads", args.threads, "--json", "--text", args.text, *flags,
                           shape], args.wrap)
-        line = (f"{name:10}{ours['tokens_per_second']:10.0f}{100 * ours['share_of_products']:11.0f} %"
-                f"{ours['peak_bytes'] / 1e6:9.0f}")
-        if mode:
-            theirs = last_json([sys.executable, "-P", os.path.abspath(__file__), model, "--threads",
-                                args.threads, "--text", args.text, "--peer", mode], args.wrap)
-            line += (f"{theirs['tokens_per_second']:11.0f}{theirs['peak_bytes'] / 1e6:9.0f}"
-                     f"{ours['tokens_per_second'] / theirs['tokens_per_second']:7.2f}×")
-        print(line, flush=True)
+    row = ours(model, shape, flags)
+    if not mode:
+        return row, ours(*ROWS["lora"][:3])
+    return row, last_json([sys.executable, "-P", os.path.abspath(__file__), model, "--threads",
+                           args.threads, "--text", args.text, "--peer", mode], args.wrap)
 
 
 if __name__ == "__main__":
