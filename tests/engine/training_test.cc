@@ -158,8 +158,15 @@ TEST_CASE("losses and gradients are PEFT's in f32") {
     const Gradients found = gradients_of(pool, model, lora, documents);
 
     const auto nll = floats(*file.find("nll"));
-    for (size_t i = 0; i < nll.size(); ++i)
-      CHECK(found.nll[i] == doctest::Approx(nll[i]).epsilon(2e-5));
+    double worst = 0, sum = 0, learnt = 0;
+    for (size_t i = 0; i < nll.size(); ++i) {
+      worst = std::max(worst, std::abs(double{found.nll[i]} - double{nll[i]}));
+      sum += double{nll[i]};
+    }
+    for (const Document& d : documents)
+      learnt += static_cast<double>(std::count(d.trained.begin() + 1, d.trained.end(), 1));
+    CHECK(worst < 1e-5);
+    CHECK(std::abs(found.loss - sum / learnt) < 1e-5);
     for (size_t l = 0; l < model.config.layers; ++l) {
       for (size_t p = 0; p < kProjections; ++p) {
         const LoraPair& pair = lora.layers[l][p];
@@ -188,6 +195,15 @@ TEST_CASE("bf16 gradients stay near f32's") {
     CHECK(rounded.loss == doctest::Approx(exact.loss).epsilon(5e-3));
     // 8 bits a number over some ten roundings; models of width 48 average little of it away.
     CHECK(relative_distance(rounded.values, exact.values) < 2e-2);
+    double worst = 0;
+    for (const LoraLayer& layer : lora.layers)
+      for (const LoraPair& pair : layer)
+        for (const auto& [at, size] :
+             {std::pair{pair.a, pair.rank * pair.in}, {pair.b, pair.rank * pair.out}})
+          worst = std::max(worst, relative_distance(std::span(rounded.values).subspan(at, size),
+                                                    std::span(exact.values).subspan(at, size)));
+    // The furthest tensor is one of qwen3's, 0.0201; the other models stay below 1.9e-2.
+    CHECK(worst < 2.1e-2);
   }
 }
 
@@ -298,8 +314,8 @@ TEST_CASE("in bf16 the head's gradient loses what vanishes of the softmax, in f3
   };
   CHECK(distance(Profile::f32, 40) == 0);
   if (isa() != Isa::avx512) return;
-  // Each row's error is at most the 1024th part of the magnitudes of its softmax's gradient, against
-  // the 512th that bf16 may cost; passing on in bf16 rounds either differently once more.
+  // Each row's error is at most the 1024th part of the magnitudes of its softmax's gradient,
+  // against the 512th that bf16 may cost; passing on in bf16 rounds either differently once more.
   const double sharp = distance(Profile::bf16, 40);
   CHECK(sharp > 0);
   CHECK(sharp < 1.0 / 128);
@@ -323,7 +339,7 @@ TEST_CASE("packed documents give what each gives alone, and so do small batches"
       const TrainingBatch batch = batch_of(std::span(&d, 1));
       std::vector<float> nll(batch.tokens());
       training.accumulate(batch, 1 / learnt, nll);
-      for (const float one : nll) CHECK(one == doctest::Approx(packed.nll[at++]).epsilon(1e-5));
+      for (const float one : nll) CHECK(std::abs(one - packed.nll[at++]) < 1e-5f);
     }
     const auto gradients = training.gradients();
     CHECK(relative_distance(gradients, packed.values) < 1e-5);
@@ -652,8 +668,7 @@ TEST_CASE("answers that share their prompt's rows have the losses and gradients 
     std::vector<float> nll, wanted_nll;
     const std::vector<float> found = run(shared, nll), wanted = run(plain, wanted_nll);
     REQUIRE(nll.size() == wanted_nll.size());
-    for (size_t i = 0; i < nll.size(); ++i)
-      CHECK(nll[i] == doctest::Approx(wanted_nll[i]).epsilon(1e-5));
+    for (size_t i = 0; i < nll.size(); ++i) CHECK(std::abs(nll[i] - wanted_nll[i]) < 1e-5f);
     CHECK(relative_distance(found, wanted) < 1e-5);
   }
 }
