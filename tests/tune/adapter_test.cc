@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <set>
 
 #include "base/files.h"
@@ -119,7 +120,7 @@ TEST_CASE("an adapter beside the weights computes what the merged model does") {
       return out;
     };
     const std::vector<float> expected = logits(merged, nullptr);
-    check_close(logits(base, &adapter), expected, 2e-4);
+    check_close(logits(base, &adapter), expected, 1e-4);
     CHECK(std::abs(double{logits(base, nullptr)[0]} - double{expected[0]}) > 1e-3);
   }
 }
@@ -352,6 +353,44 @@ TEST_CASE("a merged model computes what base and adapter compute together") {
   }
 }
 
+namespace {
+
+struct Trajectory {
+  double loss = 0, grad_norm = 0;            // furthest from PEFT's
+  double mean_loss = 0, mean_grad_norm = 0;  // a one-sided shift betrays a wrong sum
+  std::vector<float> losses;                 // afterwards, of ids that were not learnt
+};
+
+// The 50 steps of trajectory.json in the model's precision; `lora` learns.
+Trajectory follow(Pool& pool, Model& model, Lora& lora, const nlohmann::json& j) {
+  Trajectory t;
+  LoraTraining training(pool, model, lora, {.tokens = 64});
+  AdamW adamw(lora.values.size(), {.weight_decay = j["weight_decay"]});
+  const auto steps = static_cast<double>(j["steps"].size());
+  for (size_t step = 0; step < j["steps"].size(); ++step) {
+    TrainingBatch batch;
+    for (const auto& d : j["sets"][step % j["sets"].size()])
+      batch.append(d["ids"].get<std::vector<int32_t>>(), d["trained"].get<std::vector<uint8_t>>());
+    const auto learnt = static_cast<double>(batch.trained());
+    training.clear_gradients();
+    const double loss = training.accumulate(batch, static_cast<float>(1 / learnt)) / learnt;
+    const double norm = global_norm(pool, training.gradients());
+    adamw.step(pool, lora.values, training.gradients(), j["lr"],
+               clip_scale(norm, j["max_grad_norm"]));
+    training.refresh();
+    const double loss_off = loss - j["steps"][step]["loss"].get<double>();
+    const double norm_off = norm - j["steps"][step]["grad_norm"].get<double>();
+    t.loss = std::max(t.loss, std::abs(loss_off));
+    t.grad_norm = std::max(t.grad_norm, std::abs(norm_off));
+    t.mean_loss += loss_off / steps;
+    t.mean_grad_norm += norm_off / steps;
+  }
+  t.losses = losses(pool, model, lora, some_ids(60));
+  return t;
+}
+
+}  // namespace
+
 TEST_CASE("50 steps follow PEFT's, and the merged model gives its logits") {
   Pool pool(2);
   for (const char* name : kModels) {
@@ -360,28 +399,25 @@ TEST_CASE("50 steps follow PEFT's, and the merged model gives its logits") {
     Model model = load(pool, kGolden / name);
     Lora lora = read_peft_adapter(kGolden / name / "start", model.config);
     const auto j = nlohmann::json::parse(read_file(kGolden / name / "trajectory.json"));
-    LoraTraining training(pool, model, lora, {.tokens = 64});
-    AdamW adamw(lora.values.size(), {.weight_decay = j["weight_decay"]});
-    double drift = 0;
-    for (size_t step = 0; step < j["steps"].size(); ++step) {
-      CAPTURE(step);
-      const auto& set = j["sets"][step % j["sets"].size()];
-      TrainingBatch batch;
-      for (const auto& d : set)
-        batch.append(d["ids"].get<std::vector<int32_t>>(),
-                     d["trained"].get<std::vector<uint8_t>>());
-      const auto learnt = static_cast<double>(batch.trained());
-      training.clear_gradients();
-      const double loss = training.accumulate(batch, static_cast<float>(1 / learnt)) / learnt;
-      const double norm = global_norm(pool, training.gradients());
-      adamw.step(pool, lora.values, training.gradients(), j["lr"],
-                 clip_scale(norm, j["max_grad_norm"]));
-      training.refresh();
-      CHECK(std::abs(loss - j["steps"][step]["loss"].get<double>()) < 1e-3);
-      CHECK(std::abs(norm - j["steps"][step]["grad_norm"].get<double>()) < 1e-1);
-      drift += loss - j["steps"][step]["loss"].get<double>();
-    }
-    CHECK(std::abs(drift / 50) < 1e-5);  // a one-sided shift would betray a wrong sum
+    const Trajectory exact = follow(pool, model, lora, j);
+    CHECK(exact.loss < 1e-3);
+    CHECK(exact.grad_norm < 1e-1);
+    CHECK(std::abs(exact.mean_loss) < 1e-5);
+    CHECK(std::abs(exact.mean_grad_norm) < 1e-3);
+
+    // In bf16 beside it. TRL asks a model of 0.5 B for 1.5e-2 and a mean of 1e-3; of width 48 the
+    // furthest is gemma3 with 1.9e-2 and 2.0e-3.
+    Model half = load_model(pool, files, {.profile = Profile::bf16, .context = 64});
+    Lora again = read_peft_adapter(kGolden / name / "start", half.config);
+    const Trajectory rounded = follow(pool, half, again, j);
+    CHECK(rounded.loss < 2.5e-2);
+    CHECK(rounded.grad_norm < 0.25);
+    CHECK(std::abs(rounded.mean_loss) < 2.5e-3);
+    CHECK(std::abs(rounded.mean_grad_norm) < 0.25);
+    const auto mean = [](const std::vector<float>& x) {
+      return std::accumulate(x.begin(), x.end(), 0.0) / static_cast<double>(x.size());
+    };
+    CHECK(std::abs(mean(rounded.losses) / mean(exact.losses) - 1) < 1e-2);
 
     const TempDir dir;
     write_merged_gguf(dir.path() / "m.gguf", files, lora, DType::f32);
