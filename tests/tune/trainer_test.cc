@@ -152,8 +152,45 @@ TEST_CASE("threads, micro-batches and what is made anew do not change what is le
   TuneOptions small = options_for(dir, "small");
   small.micro_batch_tokens = 1;  // every example alone: sums in another order
   const TuneResult found = tune(small);
-  CHECK(*found.val_loss == doctest::Approx(*expected.val_loss).epsilon(1e-4));
-  CHECK(found.train_loss == doctest::Approx(expected.train_loss).epsilon(1e-4));
+  CHECK(std::abs(*found.val_loss - *expected.val_loss) < 1e-5);
+  CHECK(std::abs(found.train_loss - expected.train_loss) < 1e-5);
+}
+
+TEST_CASE("a step's loss and gradient are means over its tokens, however examples are dealt") {
+  const TempDir dir;
+  std::string text;
+  for (size_t i = 0; i < 8; ++i)  // answers of 1 to 36 letters
+    text += nlohmann::json{{"prompt", "say " + std::to_string(i)},
+                           {"completion", std::string(1 + 5 * i, static_cast<char>('a' + i))}}
+                .dump() +
+            "\n";
+  dir.file("rows.jsonl", text);
+  const auto steps_of = [&](uint64_t batch_size, uint64_t micro_batch_tokens) {
+    TuneOptions o = options_for(dir, "out");
+    o.restart = true;
+    o.val_fraction = 0;
+    o.epochs = 1;
+    o.lr = 1e-30;  // steps that change nothing
+    o.batch_size = batch_size;
+    o.micro_batch_tokens = micro_batch_tokens;
+    std::vector<TuneEvent> steps;
+    tune(o, [&](const TuneEvent& e) {
+      if (e.kind == TuneEvent::Kind::step) steps.push_back(e);
+    });
+    return steps;
+  };
+  const std::vector<TuneEvent> whole = steps_of(8, 2048);
+  REQUIRE(whole.size() == 1);
+  for (const uint64_t tokens : {1, 60, 120}) {  // one example, some of them
+    const std::vector<TuneEvent> parts = steps_of(8, tokens);
+    REQUIRE(parts.size() == 1);
+    CHECK(std::abs(parts[0].loss / whole[0].loss - 1) < 1e-6);
+    CHECK(std::abs(parts[0].grad_norm / whole[0].grad_norm - 1) < 1e-6);
+  }
+  // A mean of the examples' means would be another number.
+  double mean_of_means = 0;
+  for (const TuneEvent& e : steps_of(1, 2048)) mean_of_means += e.loss / 8;
+  CHECK(std::abs(mean_of_means / whole[0].loss - 1) > 1e-2);
 }
 
 TEST_CASE("a finished run is not run again, and another run's checkpoint is refused") {
