@@ -10,8 +10,8 @@
 //   full   as lora, every weight learnt
 //   pairs  8 pairs: a prompt of 128 tokens, two answers of 64 each, DPO
 // Tokens are drawn evenly from the vocabulary, unless --text names a text to take them from.
-// --packed keeps a quantized model packed (QLoRA). The best of --steps counts. Peers on the same shapes:
-// bench/peers/training.py.
+// --packed keeps a quantized model packed (QLoRA). The best of --steps counts. Peers on the same
+// shapes: bench/peers/training.py.
 #include <fmt/format.h>
 
 #include <algorithm>

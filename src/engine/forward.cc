@@ -329,9 +329,8 @@ struct Engine::State {
     const Layer& w = model.layers[index];
     watch(index, "ffn_gate", in);
     const Activation act = model.config.activation;
-    const bool gated =
-        adapter_spans.empty() &&
-        operand.multiply_gated(pool, w.gate, w.up, act, gate.data(), gate.cols);
+    const bool gated = adapter_spans.empty() &&
+                       operand.multiply_gated(pool, w.gate, w.up, act, gate.data(), gate.cols);
     if (!gated) {
       operand.multiply(pool, {{&w.gate, gate.data(), gate.cols}, {&w.up, up.data(), up.cols}},
                        {&w.down});

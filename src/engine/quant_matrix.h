@@ -110,9 +110,10 @@ struct QuantProduct {
 void matmul(Pool& pool, const QuantizedRows& x, std::span<const QuantProduct> products,
             std::span<const WeightItems> next = {});
 
-// h [m, gate.rows()] = act(x · gateᵀ) · (x · upᵀ), the same bits as gate_rows() of the two products,
-// of which only parts that stay in the cache exist. False where nothing was done: for rows so few
-// that they are multiplied otherwise, for matrices that do not match and for swiglu_oai.
+// h [m, gate.rows()] = act(x · gateᵀ) · (x · upᵀ), the same bits as gate_rows() of the two
+// products, of which only parts that stay in the cache exist. False where nothing was done: for
+// rows so few that they are multiplied otherwise, for matrices that do not match and for
+// swiglu_oai.
 bool matmul_gated(Pool& pool, const QuantizedRows& x, const QuantMatrix& gate,
                   const QuantMatrix& up, Activation act, float* h, size_t ldh);
 

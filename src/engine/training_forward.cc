@@ -103,8 +103,8 @@ void finish_qkv(LoraTraining::State& s, size_t layer, const Kept& kept) {
 void make_hidden(LoraTraining::State& s, const Kept& k) {
   const size_t n = s.config().ffn_width;
   if (s.type == DType::bf16)
-    gate_rows_bf16(*s.pool, s.config().activation, k.gate.bf16(), k.up.bf16(), k.gate.ld,
-                   s.tokens, n, k.hidden.bf16());
+    gate_rows_bf16(*s.pool, s.config().activation, k.gate.bf16(), k.up.bf16(), k.gate.ld, s.tokens,
+                   n, k.hidden.bf16());
   else
     gate_rows(*s.pool, s.config().activation, k.gate.f32(), n, k.up.f32(), n, s.tokens, n,
               k.hidden.f32(), n);
