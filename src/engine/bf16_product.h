@@ -41,9 +41,9 @@ struct Bf16Tile {
   size_t m, n;        // at most kBf16TileCols columns, kBf16TileCells in all
   void* y;            // f32 or bf16, rows ldy apart
   size_t ldy;
-  bool bf16;        // y's type
-  bool accumulate;  // add to y, which is f32
-  bool transposed;  // y is [n, m]
+  bool bf16;          // y's type
+  const float* base;  // added to, rows ldy apart: y itself, or as it is laid out; null: nothing
+  bool transposed;    // y is [n, m]
   float scale;
   void* workspace;  // kBf16WorkspaceBytes, aligned to 64, of this thread
 };

@@ -286,7 +286,12 @@ void bf16_tile_avx512(const Bf16Tile& tile) noexcept {
               .bf16 = false,
               .scale = tile.scale,
               .lanes = {}};
-    if (block > 0 || (tile.accumulate && !aside)) sink.add = partial;
+    if (block > 0) {
+      sink.add = partial;
+    } else if (tile.base != nullptr && !aside) {
+      sink.add = tile.base;
+      sink.ld_add = tile.ldy;
+    }
     if (last && !tile.transposed) {
       sink.y = tile.y;
       sink.ldy = tile.ldy;
@@ -300,7 +305,7 @@ void bf16_tile_avx512(const Bf16Tile& tile) noexcept {
     for (size_t r = 0; r < tile.m; ++r) {
       float& to = y[c * tile.ldy + r];
       const float sum = sums[r * ld_partial + c];
-      to = tile.accumulate ? to + sum : sum;
+      to = tile.base != nullptr ? tile.base[c * tile.ldy + r] + sum : sum;
     }
 }
 

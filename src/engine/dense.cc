@@ -183,12 +183,15 @@ class Grid {
     // Neighbouring items share the weights' stripe, which stays in the cache.
     const size_t row = tile % row_tiles() * tile_rows_, col = tile / row_tiles() * tile_cols_;
     const size_t m = std::min(tile_rows_, m_ - row), n = std::min(tile_cols_, n_ - col);
-    void* y = static_cast<std::byte*>(y_.data) +
-              (transposed_ ? col * y_.ld + row : row * y_.ld + col) * size_of(y_.type);
+    const size_t at = transposed_ ? col * y_.ld + row : row * y_.ld + col;
+    void* y = static_cast<std::byte*>(y_.data) + at * size_of(y_.type);
+    const float* base = !y_.accumulate       ? nullptr
+                        : y_.base != nullptr ? y_.base + at
+                                             : static_cast<const float*>(y);
     if (own_)
-      run_own(row, col, m, n, y);
+      run_own(row, col, m, n, y, base);
     else
-      run_onednn(row, col, m, n, y);
+      run_onednn(row, col, m, n, y, base);
   }
 
  private:
@@ -221,7 +224,7 @@ class Grid {
   }
   size_t row_tiles() const { return divide_up(m_, tile_rows_); }
 
-  void run_own(size_t row, size_t col, size_t m, size_t n, void* y) const {
+  void run_own(size_t row, size_t col, size_t m, size_t n, void* y, const float* base) const {
     thread_local PageBuffer workspace(kBf16WorkspaceBytes);
     std::array<Bf16Term, kBf16Terms> terms;
     for (size_t i = 0; i < terms_.count; ++i) {
@@ -241,13 +244,16 @@ class Grid {
                       .y = y,
                       .ldy = y_.ld,
                       .bf16 = y_.type == DType::bf16,
-                      .accumulate = y_.accumulate,
+                      .base = base,
                       .transposed = transposed_,
                       .scale = y_.scale,
                       .workspace = workspace.data()});
   }
 
-  void run_onednn(size_t row, size_t col, size_t m, size_t n, void* y) const {
+  void run_onednn(size_t row, size_t col, size_t m, size_t n, void* y, const float* base) const {
+    if (base != nullptr && base != y)
+      for (size_t r = 0; r < m; ++r)
+        std::copy_n(base + r * y_.ld, n, static_cast<float*>(y) + r * y_.ld);
     // A sum that ends in bf16 is made in f32 beside it; scales apply to each term.
     thread_local std::vector<float> sums;
     const bool aside = terms_.count > 1 && y_.type == DType::bf16;
@@ -293,9 +299,9 @@ void multiply(Pool& pool, const Operand& a, const Operand& b, size_t m, size_t n
 
 // Whether multiply_shared takes a product.
 bool shares(const DenseGradient& g, const DenseView& x) {
-  return g.y.type == DType::f32 && g.y.scale == 1 && g.a.type == DType::bf16 &&
-         x.type == DType::bf16 && isa() == Isa::avx512 && g.a.cols > kBf16Panel && x.cols != 0 &&
-         x.rows != 0;
+  return g.y.type == DType::f32 && g.y.scale == 1 && g.y.base == nullptr &&
+         g.a.type == DType::bf16 && x.type == DType::bf16 && isa() == Isa::avx512 &&
+         g.a.cols > kBf16Panel && x.cols != 0 && x.rows != 0;
 }
 // y [a.cols, x.cols] = aᵀ · x of each, x packed once for all tiles: 96 rows each and all columns,
 // or parts of these where that makes few tiles.

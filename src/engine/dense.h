@@ -35,6 +35,7 @@ struct DenseTarget {
   size_t ld = 0;
   bool accumulate = false;
   float scale = 1;  // of the product; 1 where it is added: oneDNN has no fast way to do both
+  const float* base = nullptr;  // what accumulate adds to, as `data` is laid out; null: `data`
 };
 
 // All operands of one call have the same type.

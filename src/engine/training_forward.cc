@@ -61,12 +61,12 @@ void add_sub_layer(LoraTraining::State& s, size_t layer, const SubLayer& part, c
                    const float* x, float* x_next) {
   const Config& c = s.config();
   const size_t t = s.tokens, d = c.width;
-  if (x_next != x) copy_floats(*s.pool, x, t * d, x_next);
   const bool dora = s.is_dora(layer, part.projection);
   if (part.post_norm.empty() && part.bias.empty() && c.residual_scale == 1 && !dora) {
-    project(s, layer, part.projection, input, part.u, 0, {DType::f32, x_next, d, true, 1});
+    project(s, layer, part.projection, input, part.u, 0, {DType::f32, x_next, d, true, 1, x});
     return;
   }
+  if (x_next != x) copy_floats(*s.pool, x, t * d, x_next);
   float* sub = s.scratch.sub;
   project(s, layer, part.projection, input, part.u, 0, {DType::f32, sub, d, false, 1});
   scale_output(s, layer, part.projection, sub, d);

@@ -153,6 +153,24 @@ void check_products(Pool& pool, size_t m, size_t n, size_t k, size_t gap) {
   y.check_floats(of(nt_more), 1, 3);
   matmul_nt(pool, nt_terms, y.halves());
   y.check_halves(of(nt_more), 1);
+  // Added to what stands elsewhere, which stays; where sums are transposed too (tn of few columns).
+  Result base(m, n);
+  for (size_t i = 0; i < base.f32.size(); ++i) base.f32[i] = static_cast<float>(i % 509);
+  const std::vector<float> kept = base.f32;
+  const auto check_onto = [&](auto&& multiply, const std::vector<int64_t>& sums) {
+    y = Result(m, n);
+    for (size_t i = 0; i < y.f32.size(); ++i)
+      if (i % (n + 1) != n) y.f32[i] = NAN;
+    DenseTarget onto = y.floats(true);
+    onto.base = base.f32.data();
+    multiply(onto);
+    CHECK(base.f32 == kept);
+    for (size_t i = 0; i < y.f32.size(); ++i)
+      if (i % (n + 1) != n) y.f32[i] -= kept[i];
+    y.check_floats(of(sums), 1, 0);
+  };
+  check_onto([&](const DenseTarget& to) { matmul_nt(pool, nt_terms, to); }, nt_more);
+  check_onto([&](const DenseTarget& to) { matmul_tn(pool, x_rows.view(), w_rows.view(), to); }, tn);
   y = Result(m, n);
   matmul_nn(pool, nn_terms, y.floats(false));
   y.check_floats(of(nn_more), 1, 0);
