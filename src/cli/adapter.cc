@@ -1,4 +1,6 @@
 // moru adapter: an adapter in another form.
+#include "tune/adapter.h"
+
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
@@ -7,7 +9,6 @@
 
 #include "base/error.h"
 #include "cli/commands.h"
-#include "tune/adapter.h"
 
 namespace moru {
 namespace {
@@ -36,7 +37,8 @@ void convert_adapter(const AdapterCommandFlags& flags) {
 
 void add_adapter(CLI::App& app) {
   auto flags = std::make_shared<AdapterCommandFlags>();  // shared with the callback
-  CLI::App* cmd = app.add_subcommand("adapter", "Merge a LoRA adapter, or write it in another form");
+  CLI::App* cmd =
+      app.add_subcommand("adapter", "Merge a LoRA adapter, or write it in another form");
   cmd->add_option("model", flags->model, "the base: GGUF file or Hugging Face folder")->required();
   cmd->add_option("adapter", flags->adapter, "PEFT folder")->required();
   cmd->add_option("-o,--out", flags->out, "file or folder to write")->required();

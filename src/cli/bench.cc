@@ -310,6 +310,7 @@ void add_bench(CLI::App& app) {
       ->capture_default_str();
   cmd->add_option("-b,--batch", flags->batches, "sequences that decode together, as 1,8,32")
       ->delimiter(',')
+      ->allow_extra_args(false)
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
   cmd->add_option("-d,--depth", flags->depth, "tokens that each sequence's context begins with")

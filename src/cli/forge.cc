@@ -80,9 +80,12 @@ void add_forge(CLI::App& app) {
   cmd->add_option("--keep", flags->keep, "good enough: this share of the best candidate, paired");
   cmd->add_option("--size-ladder", o.ladder, "types to try, separated by commas")
       ->delimiter(',')
+      ->allow_extra_args(false)
       ->capture_default_str();
   cmd->add_option("--vendor-prices", o.vendor_prices, "list prices to show in the table");
-  cmd->add_option("--vendors", o.vendors, "which of them, separated by commas")->delimiter(',');
+  cmd->add_option("--vendors", o.vendors, "which of them, separated by commas")
+      ->delimiter(',')
+      ->allow_extra_args(false);
   cmd->add_option("--machine-price", o.machine_usd_per_hour, "US dollars an hour")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
@@ -113,7 +116,8 @@ void add_forge(CLI::App& app) {
   cmd->add_option("--val-fraction", o.tune.val_fraction, "share of the pairs to validate on")
       ->check(CLI::Range(0.0, 0.9))
       ->capture_default_str();
-  cmd->add_option("--seed", o.tune.seed, "")->capture_default_str();
+  cmd->add_option("--seed", o.tune.seed, "of tuning: same seed, same adapter")
+      ->capture_default_str();
   cmd->add_option("--threads", o.threads, "0: all that this process may use")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();

@@ -64,13 +64,11 @@ void run_gate(const GateFlags& flags) {
   const GateMeasures before = measure(flags, options, pool, questions, flags.before, "before");
   const GateMeasures after = measure(flags, options, pool, questions, flags.after, "after");
   const ChainVerdict verdict =
-      flags.base.empty()
-          ? ChainVerdict{.last = judge_gate(before, after, questions, options)}
-          : judge_chain(measure(flags, options, pool, questions, flags.base, "base"), before, after,
-                        questions, options);
+      flags.base.empty() ? ChainVerdict{.last = judge_gate(before, after, questions, options)}
+                         : judge_chain(measure(flags, options, pool, questions, flags.base, "base"),
+                                       before, after, questions, options);
   if (flags.json)
-    fmt::print("{}\n",
-               (verdict.base ? to_json(verdict) : to_json(verdict.last)).dump(2));
+    fmt::print("{}\n", (verdict.base ? to_json(verdict) : to_json(verdict.last)).dump(2));
   else
     fmt::print("{}", verdict.base ? table_of(verdict) : table_of(verdict.last));
   if (verdict.accepted()) return;
@@ -92,8 +90,10 @@ void add_gate(CLI::App& app) {
                   "losses add up");
   flags->computing.add_computing_to(*cmd);
   cmd->add_option("-q,--questions", flags->questions, "files of questions; both are asked them");
-  cmd->add_option("--prompt-column", flags->rows.prompt_column, "")->capture_default_str();
-  cmd->add_option("--answer-column", flags->rows.answer_column, "")->capture_default_str();
+  cmd->add_option("--prompt-column", flags->rows.prompt_column, "field or column that asks")
+      ->capture_default_str();
+  cmd->add_option("--answer-column", flags->rows.answer_column, "field or column that answers")
+      ->capture_default_str();
   cmd->add_option("--limit", flags->rows.limit, "of each file a fixed random sample; 0: all");
   cmd->add_option("--template", flags->style.plain_template,
                   "\"{prompt}\\n{completion}\" instead of the chat template");

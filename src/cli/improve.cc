@@ -72,7 +72,7 @@ void add_improve(CLI::App& app) {
       ->required();
   cmd->add_option("-o,--out", flags->out, "folder for everything; resumes from it")
       ->capture_default_str();
-  cmd->add_option("--iterations", o.iterations, "")
+  cmd->add_option("--iterations", o.iterations, "times that it samples, tunes and asks the gate")
       ->check(CLI::Range(1, 100))
       ->capture_default_str();
   cmd->add_option(
@@ -86,24 +86,32 @@ void add_improve(CLI::App& app) {
 
   cmd->add_option("--evaluation", flags->evaluation,
                   "files whose texts no pair may overlap with (13 words in a row)");
-  cmd->add_option("--prompt-column", o.pairs.rows.prompt_column, "")->capture_default_str();
-  cmd->add_option("--answer-column", o.pairs.rows.answer_column, "")->capture_default_str();
+  cmd->add_option("--prompt-column", o.pairs.rows.prompt_column, "field or column that asks")
+      ->capture_default_str();
+  cmd->add_option("--answer-column", o.pairs.rows.answer_column, "field or column that answers")
+      ->capture_default_str();
   cmd->add_option("--system", o.pairs.style.system, "system message of every question");
   cmd->add_option("-n,--answers", o.pairs.sampling.answers, "sampled for each prompt")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
-  cmd->add_option("--temperature", o.pairs.sampling.temperature, "")->capture_default_str();
-  cmd->add_option("--top-p", o.pairs.sampling.top_p, "")->capture_default_str();
+  cmd->add_option("--temperature", o.pairs.sampling.temperature,
+                  "of the sampled answers; 0: all alike")
+      ->capture_default_str();
+  cmd->add_option("--top-p", o.pairs.sampling.top_p,
+                  "sample from the likeliest set with this probability")
+      ->capture_default_str();
   cmd->add_option("--max-tokens", o.pairs.sampling.limits.max_tokens, "longest answer")
       ->capture_default_str();
   cmd->add_option("--stop", o.pairs.sampling.limits.stop,
-                  "an answer ends before this text; several");
-  cmd->add_option("--seed", o.pairs.sampling.seed, "")->capture_default_str();
+                  "an answer ends before this text; may be given again")
+      ->allow_extra_args(false);
+  cmd->add_option("--seed", o.pairs.sampling.seed, "same seed, same answers")
+      ->capture_default_str();
   cmd->add_option("--rejected-filter", flags->filter,
                   "wrong answers to keep: all, logp-below-mean or logp-above-mean")
       ->check(CLI::IsMember({"all", "logp-below-mean", "logp-above-mean"}))
       ->capture_default_str();
-  cmd->add_option("--max-pairs-per-prompt", o.pairs.rules.max_per_prompt, "")
+  cmd->add_option("--max-pairs-per-prompt", o.pairs.rules.max_per_prompt, "at most")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
   cmd->add_option("--max-pairs-per-category", o.pairs.rules.max_per_category, "0: no quota");
@@ -132,7 +140,8 @@ void add_improve(CLI::App& app) {
                   "dpo: sigmoid, hinge, ipo, robust, sigmoid_norm, dpop, sppo_hard, apo_zero, "
                   "apo_down, simpo, orpo")
       ->capture_default_str();
-  cmd->add_option("--epochs,--num-train-epochs", o.tune.epochs)->capture_default_str();
+  cmd->add_option("--epochs,--num-train-epochs", o.tune.epochs, "passes over what is learnt")
+      ->capture_default_str();
   cmd->add_option("--max-steps", o.tune.max_steps, "instead of epochs");
   cmd->add_option("--batch-size", o.tune.batch_size, "examples a step")->capture_default_str();
   cmd->add_option("--lora-r,--lora-rank", o.tune.lora.rank, "rank")->capture_default_str();

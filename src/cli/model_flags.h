@@ -5,6 +5,8 @@
 #include <string>
 
 #include "base/cpu.h"
+#include "base/error.h"
+#include "cli/flag_rules.h"
 #include "engine/forward.h"
 #include "engine/model.h"
 
@@ -47,7 +49,13 @@ struct ModelFlags {
   size_t pool_size() const { return threads != 0 ? threads : usable_threads(); }
   LoadOptions load_options() const {
     LoadOptions options{.context = context};
-    if (activations == "int8") options.activations = Activations::int8;
+    if (activations == "int8") {
+      if (precision == "bf16" || precision == "f32")
+        throw Error(ErrorKind::usage, {.where = "--activations int8",
+                                       .what = "is about weights that stay quantized",
+                                       .cure = "leave out --precision " + precision});
+      options.activations = Activations::int8;
+    }
     if (precision == "exact") options.profile = Profile::exact;
     if (precision == "bf16") options.profile = Profile::bf16;
     if (precision == "f32") options.profile = Profile::f32;
@@ -63,7 +71,7 @@ struct CacheFlags {
   void add_to(CLI::App& cmd) {
     cmd.add_option("--cache-memory", memory,
                    "most memory for keys and values, as 512MiB; 0: what 16,384 tokens take")
-        ->transform(CLI::AsSizeValue(true));
+        ->transform(memory_size());
     add_type_to(cmd);
   }
   void add_type_to(CLI::App& cmd) {

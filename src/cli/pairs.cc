@@ -85,8 +85,10 @@ void add_pairs(CLI::App& app) {
       ->capture_default_str();
   cmd->add_option("--evaluation", flags->evaluation,
                   "files whose texts no pair may overlap with (13 words in a row)");
-  cmd->add_option("--prompt-column", job.rows.prompt_column, "")->capture_default_str();
-  cmd->add_option("--answer-column", job.rows.answer_column, "")->capture_default_str();
+  cmd->add_option("--prompt-column", job.rows.prompt_column, "field or column that asks")
+      ->capture_default_str();
+  cmd->add_option("--answer-column", job.rows.answer_column, "field or column that answers")
+      ->capture_default_str();
   cmd->add_option("--check", flags->check, "for rows that name none: " + names_of_checks())
       ->check([](const std::string& name) {
         return check_named(name) ? "" : "there is no check " + name;
@@ -99,12 +101,17 @@ void add_pairs(CLI::App& app) {
   cmd->add_option("-n,--answers", job.sampling.answers, "sampled for each prompt")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
-  cmd->add_option("--temperature", job.sampling.temperature, "")->capture_default_str();
-  cmd->add_option("--top-p", job.sampling.top_p, "")->capture_default_str();
-  cmd->add_option("--seed", job.sampling.seed, "")->capture_default_str();
+  cmd->add_option("--temperature", job.sampling.temperature, "of the sampled answers; 0: all alike")
+      ->capture_default_str();
+  cmd->add_option("--top-p", job.sampling.top_p,
+                  "sample from the likeliest set with this probability")
+      ->capture_default_str();
+  cmd->add_option("--seed", job.sampling.seed, "same seed, same answers")->capture_default_str();
   cmd->add_option("--max-tokens", job.sampling.limits.max_tokens, "longest answer")
       ->capture_default_str();
-  cmd->add_option("--stop", job.sampling.limits.stop, "an answer ends before this text");
+  cmd->add_option("--stop", job.sampling.limits.stop,
+                  "an answer ends before this text; may be given again")
+      ->allow_extra_args(false);
   cmd->add_option("--sequences", job.sampling.sequences, "answers under way at once")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
@@ -113,7 +120,7 @@ void add_pairs(CLI::App& app) {
                   "wrong answers to keep: all, logp-below-mean or logp-above-mean")
       ->check(CLI::IsMember({"all", "logp-below-mean", "logp-above-mean"}))
       ->capture_default_str();
-  cmd->add_option("--max-pairs-per-prompt", job.rules.max_per_prompt, "")
+  cmd->add_option("--max-pairs-per-prompt", job.rules.max_per_prompt, "at most")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
   cmd->add_option("--max-pairs-per-category", job.rules.max_per_category, "0: no quota");

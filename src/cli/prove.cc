@@ -168,8 +168,10 @@ void add_prove(CLI::App& app) {
   cmd->add_option("-q,--questions", flags->questions, "JSONL, JSON or CSV of questions");
   cmd->add_option("--results", flags->results, "keep every answer here; resumes");
   cmd->add_option("--compare", flags->compare_with, "results of another model, to pair with");
-  cmd->add_option("--prompt-column", flags->rows.prompt_column, "")->capture_default_str();
-  cmd->add_option("--answer-column", flags->rows.answer_column, "")->capture_default_str();
+  cmd->add_option("--prompt-column", flags->rows.prompt_column, "field or column that asks")
+      ->capture_default_str();
+  cmd->add_option("--answer-column", flags->rows.answer_column, "field or column that answers")
+      ->capture_default_str();
   cmd->add_option("--limit", flags->rows.limit, "a fixed random sample of so many; 0: all");
   cmd->add_option("--template", flags->style.plain_template,
                   "\"{prompt}\\n{completion}\" instead of the chat template");

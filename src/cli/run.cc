@@ -38,9 +38,16 @@ struct RunFlags {
 // What the flags hold answers to; nullptr: to nothing.
 std::shared_ptr<const Language> language_of(const RunFlags& flags) {
   using Kind = ConstraintSource::Kind;
-  if (!flags.json_schema.empty())
-    return std::make_shared<Language>(
-        ConstraintSource{Kind::json_schema, read_file(flags.json_schema)});
+  if (!flags.json_schema.empty()) {
+    ConstraintSource source{Kind::json_schema, read_file(flags.json_schema)};
+    try {
+      return std::make_shared<Language>(source);
+    } catch (const Error& error) {  // knows the place in the file, not its name
+      throw Error(error.kind(), {.where = flags.json_schema + ": " + error.where(),
+                                 .what = error.problem(),
+                                 .cure = error.cure()});
+    }
+  }
   if (!flags.regex.empty())
     return std::make_shared<Language>(ConstraintSource{Kind::regex, flags.regex});
   if (flags.json_object) return std::make_shared<Language>(ConstraintSource{Kind::json_object, ""});
@@ -142,12 +149,14 @@ void add_run(CLI::App& app) {
   flags->cache.add_to(*cmd);
   flags->adapter.add_to(*cmd);
   cmd->add_option("-p,--prompt", flags->prompt, "one message; without it, read them line by line");
-  cmd->add_option("--system", flags->system, "system message");
-  cmd->add_flag("--raw", flags->raw, "complete the text as it is, without the chat template");
+  CLI::Option* system = cmd->add_option("--system", flags->system, "system message");
+  cmd->add_flag("--raw", flags->raw, "complete the text as it is, without the chat template")
+      ->excludes(system);
   cmd->add_option("--max-tokens", flags->max_tokens, "longest answer")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
-  cmd->add_option("--stop", flags->stops, "text that ends an answer; may be given again");
+  cmd->add_option("--stop", flags->stops, "text that ends an answer; may be given again")
+      ->allow_extra_args(false);
   SamplingOptions& s = flags->sampling;
   cmd->add_option("--temperature", s.temperature, "0: always the most likely token")
       ->capture_default_str();
@@ -173,7 +182,8 @@ void add_run(CLI::App& app) {
       ->check(CLI::Range(0, 1 << 20))
       ->capture_default_str();
   cmd->add_option("--dry-sequence-breaker", s.dry_sequence_breakers,
-                  "text at which a repetition ends; may be given again");
+                  "text at which a repetition ends; may be given again")
+      ->allow_extra_args(false);
   cmd->add_option("--seed", s.seed, "same seed, same answer")->capture_default_str();
   ModelFlags::add_draft_to(*cmd, flags->drafts);
   CLI::Option* schema =

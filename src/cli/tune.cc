@@ -15,6 +15,7 @@
 #include "base/error.h"
 #include "base/files.h"
 #include "base/text.h"
+#include "cli/flag_rules.h"
 #include "forge/run_report.h"
 #include "forge/terminal.h"
 #include "tune/check.h"
@@ -314,7 +315,8 @@ void add_tune(CLI::App& app) {
   cmd->add_option(
          "--modules-to-save", o.learnt.modules_to_save,
          "weights learnt whole beside the adapter, and kept with it: embed_tokens, lm_head, norm")
-      ->delimiter(',');
+      ->delimiter(',')
+      ->allow_extra_args(false);
   cmd->add_flag("--full", o.learnt.full, "learn every weight instead of an adapter");
   cmd->add_option("--freeze-layers", o.learnt.frozen_layers,
                   "with --full: so many layers from below, and the embedding, stay as they are");
@@ -349,12 +351,13 @@ void add_tune(CLI::App& app) {
       ->capture_default_str();
   cmd->add_option("--min-lr-ratio", o.min_lr_ratio, "of cosine_with_min_lr")->capture_default_str();
   cmd->add_option("--warmup-ratio", o.warmup_ratio, "share of the steps")->capture_default_str();
-  cmd->add_option("--weight-decay", o.adamw.weight_decay)->capture_default_str();
+  cmd->add_option("--weight-decay", o.adamw.weight_decay, "of AdamW")->capture_default_str();
   cmd->add_option("--max-grad-norm", o.max_grad_norm, "0: no clipping")->capture_default_str();
   cmd->add_option("--max-z-score", o.max_z_score,
                   "skip a step whose loss or gradient stands so far out; 0: never")
       ->capture_default_str();
-  cmd->add_option("--epochs,--num-train-epochs", o.epochs)->capture_default_str();
+  cmd->add_option("--epochs,--num-train-epochs", o.epochs, "passes over the data")
+      ->capture_default_str();
   cmd->add_option("--max-steps", o.max_steps, "instead of epochs");
   cmd->add_option("--batch-size", o.batch_size, "examples a step")->capture_default_str();
   cmd->add_option("--batch-tokens", o.batch_tokens,
@@ -367,7 +370,9 @@ void add_tune(CLI::App& app) {
   cmd->add_option("--patience", o.patience, "stop after so many validations without improvement")
       ->capture_default_str();
   cmd->add_option("--save-steps", o.save_steps, "steps between checkpoints")->capture_default_str();
-  cmd->add_option("--seed", o.seed)->capture_default_str();
+  cmd->add_option("--seed", o.seed,
+                  "of the order, the adapter's start and noise: same seed, same bits")
+      ->capture_default_str();
 
   cmd->add_option("--precision", flags->precision, "bf16 or f32")
       ->check(CLI::IsMember({"bf16", "f32"}))
@@ -379,7 +384,7 @@ void add_tune(CLI::App& app) {
   cmd->add_option("--memory", o.memory,
                   "most memory to take, as 4GiB: the run is refused if it needs more; 0: all that "
                   "this process may use")
-      ->transform(CLI::AsSizeValue(true));
+      ->transform(memory_size());
   cmd->add_flag("--restart", o.restart, "forget the run that --out holds");
   cmd->add_option("--merge", flags->merge, "also write the merged model: gguf, or hf (a folder)")
       ->check(CLI::IsMember({"gguf", "hf"}));

@@ -9,6 +9,8 @@
 // f32 scales, one a token. In i16 too, and words lie in pairs: see PageType in float_kernels.h.
 #include "engine/kv_cache.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -179,7 +181,11 @@ KvSequence& KvSequence::operator=(KvSequence&& other) noexcept {
 }
 
 KvCache::KvCache(const KvShape& shape, size_t pages) : state_(std::make_unique<State>()) {
-  MORU_CHECK(pages > 0 && pages < kNoPage);
+  MORU_CHECK(pages > 0);
+  if (pages >= kNoPage)
+    throw Error(ErrorKind::no_space, {.where = "KV cache",
+                                      .what = fmt::format("{} pages of memory are too many", pages),
+                                      .cure = "give it less memory"});
   MORU_CHECK(shape.layers > 0 && shape.kv_heads > 0);
   MORU_CHECK(shape.head_dim > 0 && shape.head_dim % 16 == 0);
   State& s = *state_;

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/files.h"
+#include "base/text.h"
 #include "program.h"
 #include "support.h"
 #include "tiny_model.h"
@@ -123,16 +124,125 @@ TEST_CASE("bad input gets one line with file, field and cure, and a code that is
   CHECK_FALSE(std::filesystem::exists(out));
 }
 
-TEST_CASE("help fits 80 columns and every command has some") {
+TEST_CASE("no flag takes an empty value, and those of numbers take finite ones alone") {
+  const TempDir folder;
+  const auto model = folder.path() / "tiny.gguf";
+  write_tiny_model(model);
+  const std::string path = model.string();
+  const auto pairs = folder.file("pairs.jsonl", "{\"prompt\": \"a\", \"completion\": \"b\"}\n");
+  const auto schema = folder.file("schema.json", "{\"type\": ");
+  const std::vector<Case> cases = {
+      {"no seed", {"run", path, "--raw", "-p", "x", "--seed", ""}, 64, {"--seed", "empty"}},
+      {"no key", {"serve", path, "--port", "0", "--api-key", ""}, 64, {"--api-key", "empty"}},
+      {"no adapter", {"run", path, "--raw", "-p", "x", "--adapter", ""}, 64, {"--adapter"}},
+      {"less than no steps",
+       {"tune", path, pairs.string(), "--max-steps", "-1"},
+       64,
+       {"--max-steps", "\"-1\" is no whole number", "moru tune --help"}},
+      {"a rate that is no number",
+       {"tune", path, pairs.string(), "--lr", "nan"},
+       64,
+       {"--lr", "\"nan\" is no number"}},
+      {"a share that is no number",
+       {"pairs", path, "-q", pairs.string(), "--validate-fraction", "nan"},
+       64,
+       {"--validate-fraction"}},
+      {"more than a float holds",
+       {"run", path, "--raw", "-p", "x", "--temperature", "1e99"},
+       64,
+       {"--temperature", "1e99"}},
+      {"a number and more", {"run", path, "--seed", "7x"}, 64, {"--seed", "7x"}},
+      {"a flag given twice",
+       {"run", path, "--seed", "1", "--seed", "2"},
+       64,
+       {"--seed: is given 2 times"}},
+      {"memory of no size", {"run", path, "--cache-memory", "much"}, 64, {"much", "512MiB"}},
+      {"negative memory", {"run", path, "--cache-memory", "-1"}, 64, {"-1", "512MiB"}},
+      {"memory of no machine", {"run", path, "--cache-memory", "1EiB"}, 64, {"1EiB"}},
+      {"memory that this machine has not",
+       {"run", path, "--raw", "-p", "x", "--cache-memory", "900000TiB"},
+       73,
+       {"KV cache", "memory"}},
+      {"a word that is no command", {"chat"}, 64, {"chat", "no command", "--help"}},
+      {"a flag before the command", {"--fast", "run"}, 64, {"--fast", "no flag"}},
+      {"a system message that nothing would read",
+       {"run", path, "--raw", "-p", "x", "--system", "y"},
+       64,
+       {"--raw", "--system"}},
+      {"8-bit activations of f32 weights",
+       {"run", path, "--raw", "-p", "x", "--precision", "f32", "--activations", "int8"},
+       64,
+       {"--activations", "--precision f32"}},
+      {"a schema that is no JSON",
+       {"run", path, "--raw", "-p", "x", "--json-schema", schema.string()},
+       65,
+       {"schema.json", "JSON"}},
+  };
+  for (const Case& item : cases) {
+    CAPTURE(item.name);
+    const Ended ended = run_program(item.words);
+    CAPTURE(ended.output);
+    CHECK(ended.code == item.code);
+    CHECK(ended.output.starts_with("moru: "));
+    CHECK(lines_of(ended.output) == 1);
+    for (const std::string& word : item.says) CHECK(ended.output.find(word) != std::string::npos);
+  }
+}
+
+TEST_CASE("sizes of memory are read as people write them") {
+  const TempDir folder;
+  const auto model = folder.path() / "tiny.gguf";
+  write_tiny_model(model);
+  for (const char* size : {"67108864", "64MiB", "64 mib", "64Mi", "0.0625GiB", "67MB", "0.067g"}) {
+    CAPTURE(size);
+    const Ended ended = run_program(
+        {"run", model.string(), "--raw", "-p", "x", "--max-tokens", "1", "--cache-memory", size});
+    CAPTURE(ended.output);
+    CHECK(ended.code == 0);
+  }
+  const Ended little =
+      run_program({"run", model.string(), "--raw", "-p", "x", "--cache-memory", "1k"});
+  CAPTURE(little.output);
+  CHECK(little.output.find("1000 bytes") != std::string::npos);
+}
+
+TEST_CASE("a list of texts ends with its flag's one value") {
+  const TempDir folder;
+  const auto model = folder.path() / "tiny.gguf";
+  write_tiny_model(model);
+  CHECK(run_program({"run", "--raw", "--stop", "a", "--stop", "b", model.string(), "-p", "x",
+                     "--max-tokens", "1"})
+            .code == 0);
+}
+
+TEST_CASE("help fits 80 columns, says what each flag is for, and every command has some") {
   const Ended top = run_program({"--help"});
   CHECK(top.code == 0);
-  for (const std::string command : {"forge", "run", "info", "bench", "lighten", "tune", "prove"}) {
+  CHECK(run_program({"help"}).output == top.output);
+  std::vector<std::string> helps = {top.output};
+  for (const std::string command : {"forge", "run", "info", "bench", "lighten", "tune", "adapter",
+                                    "pairs", "prove", "gate", "improve", "serve"}) {
     CAPTURE(command);
-    CHECK(top.output.find("  " + command) != std::string::npos);
+    CHECK(top.output.find("\n  " + command + " ") != std::string::npos);
     const Ended help = run_program({command, "--help"});
     CHECK(help.code == 0);
     CHECK(help.output.size() > 100);
+    CHECK(run_program({"help", command}).output == help.output);
+    helps.push_back(help.output);
   }
+  for (const std::string& help : helps) {
+    std::string flag;  // that still wants its description
+    for (size_t at = 0; at < help.size();) {
+      const size_t end = help.find('\n', at);
+      const std::string line = help.substr(at, end - at);
+      at = end + 1;
+      CAPTURE(line);
+      CHECK(display_width(line) <= 80);
+      if (!flag.empty()) CHECK(line.starts_with(std::string(30, ' ')));
+      flag = line.starts_with("  -") && (line.size() <= 30 || line[29] != ' ') ? line : "";
+    }
+  }
+  CHECK(run_program({"run", "--help"}).output.find("--seed N ") != std::string::npos);
 }
 
 TEST_CASE("a model and its tokens are told, as text and as JSON") {
