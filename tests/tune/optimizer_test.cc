@@ -34,6 +34,23 @@ TEST_CASE("100 steps of AdamW are torch's") {
     CHECK(p[i] == doctest::Approx(expected[i].get<double>()).epsilon(1e-6));
 }
 
+// Algorithm 1 of arXiv:1412.6980: from nothing, with one gradient always, both corrected moments
+// are that gradient's, so that each step is lr · g / (|g| + eps). 100 steps of small numbers above
+// would hide what eps does to gradients of its own size.
+TEST_CASE("a gradient as large as eps moves a weight half as far as a large one") {
+  Pool pool(1);
+  const std::vector<float> g = {1e-6f, -1e-6f, 3e-6f, 1, 0};
+  std::vector<float> p(g.size(), 0.0f);
+  AdamW adamw(p.size(), {.eps = 1e-6, .weight_decay = 0});
+  for (int t = 1; t <= 3; ++t) {
+    adamw.step(pool, p, g, 0.5);
+    const std::vector<double> moves = {0.5, -0.5, 0.75, 1, 0};
+    // Of 24 bits, m and v lose a few in their own decay, and so do the corrections of them.
+    for (size_t i = 0; i < p.size(); ++i)
+      CHECK(p[i] == doctest::Approx(-0.5 * t * moves[i]).epsilon(1e-5));
+  }
+}
+
 TEST_CASE("scaling the gradient in the step is scaling it before") {
   Pool pool(1);
   const std::vector<float> g = {0.5f, -3, 1e-4f};
