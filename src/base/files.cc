@@ -28,6 +28,10 @@ constexpr size_t kBufferBytes = 1 << 20;
   } else if (code == ENOSPC || code == EDQUOT || code == ENOMEM) {
     kind = ErrorKind::no_space;
     cure = "free some space and run the command again";
+  } else if (code == EISDIR) {
+    cure = "name a file, not a folder";
+  } else if (code == ENOTDIR) {
+    cure = "name a folder, not a file";
   } else if (code == EACCES || code == EPERM || code == EROFS) {
     cure = "check the permissions";
   }

@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "cli/commands.h"
+#include "cli/flag_rules.h"
 
 namespace moru {
 namespace {
@@ -18,7 +19,15 @@ struct AdapterCommandFlags {
   size_t shard_mb = 5000;
 };
 
-void convert_adapter(const AdapterCommandFlags& flags) {
+// Only a merged model has numbers and files that can be chosen.
+void refuse_idle_flags(const CLI::App& cmd, const std::string& to) {
+  if (to != "gguf" && to != "hf")
+    refuse_given(cmd, {"--type"}, "is about --to gguf or hf, not " + to);
+  if (to != "hf") refuse_given(cmd, {"--shard-mb"}, "is about --to hf, not " + to);
+}
+
+void convert_adapter(const CLI::App& cmd, const AdapterCommandFlags& flags) {
+  refuse_idle_flags(cmd, flags.to);
   const ModelFiles files = open_model(flags.model);
   const Lora lora = read_peft_adapter(flags.adapter, files.config);
   const DType type = *dtype_from_name(flags.type);
@@ -52,7 +61,7 @@ void add_adapter(CLI::App& app) {
   cmd->add_option("--shard-mb", flags->shard_mb, "largest file of a merged folder")
       ->check(CLI::Range(1, 1'000'000))
       ->capture_default_str();
-  cmd->callback([flags] { convert_adapter(*flags); });
+  cmd->callback([cmd, flags] { convert_adapter(*cmd, *flags); });
 }
 
 }  // namespace moru

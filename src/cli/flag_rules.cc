@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/error.h"
 #include "base/text.h"
 
 namespace moru {
@@ -142,6 +143,13 @@ void refuse_odd_values(CLI::App& app) {
         ""));
   }
   for (CLI::App* command : app.get_subcommands({})) refuse_odd_values(*command);
+}
+
+void refuse_given(const CLI::App& command, const std::vector<const char*>& flags,
+                  const std::string& why) {
+  for (const char* flag : flags)
+    if (command.get_option(flag)->count() != 0)
+      throw Error(ErrorKind::usage, {.where = flag, .what = why, .cure = "leave it out"});
 }
 
 std::string problem_of(const CLI::ParseError& error) {

@@ -4,6 +4,7 @@
 #include <CLI/CLI.hpp>
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace moru {
 
@@ -15,6 +16,10 @@ std::shared_ptr<CLI::Formatter> help_format();
 // a script), nor one of numbers something that is no finite number or, where it counts, negative:
 // CLI11 reads "" as 0, -1 as 2⁶⁴ − 1, and its ranges let NaN through.
 void refuse_odd_values(CLI::App& app);
+
+// Refuses those of `flags` that are given, since `why`: better than to ignore them. Error: usage.
+void refuse_given(const CLI::App& command, const std::vector<const char*>& flags,
+                  const std::string& why);
 
 // What is wrong with the words of a command, as moru says it.
 std::string problem_of(const CLI::ParseError& error);

@@ -5,8 +5,12 @@
 
 #include <CLI/CLI.hpp>
 #include <memory>
+#include <optional>
+#include <string>
 
+#include "base/error.h"
 #include "cli/commands.h"
+#include "cli/interrupt.h"
 #include "forge/terminal.h"
 
 namespace moru {
@@ -15,23 +19,24 @@ namespace {
 struct ForgeFlags {
   ForgeOptions options;
   std::string prompt_column, completion_column, answer_column;
-  double at_least = 0, keep = 0;
-  size_t batch_tokens = 0;
+  std::optional<double> at_least, keep;
 };
 
 void run_forge(ForgeFlags flags) {
   ForgeOptions& o = flags.options;
-  if (flags.at_least != 0) o.goal.at_least = flags.at_least;
-  if (flags.keep != 0) o.goal.keep = flags.keep;
-  if (!flags.prompt_column.empty()) {
-    o.tune.rows.prompt_column = flags.prompt_column;
-    o.tune.rows.completion_column = flags.completion_column;
-    o.rows.prompt_column = flags.prompt_column;
-    o.rows.answer_column =
-        flags.answer_column.empty() ? flags.completion_column : flags.answer_column;
-  } else if (!flags.answer_column.empty()) {
-    o.rows.answer_column = flags.answer_column;
-  }
+  o.goal.at_least = flags.at_least;
+  o.goal.keep = flags.keep;
+  if (flags.prompt_column.empty() != flags.completion_column.empty())
+    throw Error(ErrorKind::usage, {.where = "--prompt-column",
+                                   .what = "and --completion-column name the columns of one pair",
+                                   .cure = "give both or neither"});
+  o.tune.rows.prompt_column = flags.prompt_column;
+  o.tune.rows.completion_column = flags.completion_column;
+  const std::string& answer =
+      flags.answer_column.empty() ? flags.completion_column : flags.answer_column;
+  if (!flags.prompt_column.empty()) o.rows.prompt_column = flags.prompt_column;
+  if (!answer.empty()) o.rows.answer_column = answer;
+  say_on_interrupt();
   const ForgeReport report = forge(o);
   fmt::print("\n{}", report_table(report, {.colour = wants_colour(STDOUT_FILENO),
                                            .width = terminal_width(STDOUT_FILENO)}));
@@ -82,8 +87,10 @@ void add_forge(CLI::App& app) {
       ->delimiter(',')
       ->allow_extra_args(false)
       ->capture_default_str();
-  cmd->add_option("--vendor-prices", o.vendor_prices, "list prices to show in the table");
+  CLI::Option* prices =
+      cmd->add_option("--vendor-prices", o.vendor_prices, "list prices to show in the table");
   cmd->add_option("--vendors", o.vendors, "which of them, separated by commas")
+      ->needs(prices)
       ->delimiter(',')
       ->allow_extra_args(false);
   cmd->add_option("--machine-price", o.machine_usd_per_hour, "US dollars an hour")
@@ -95,7 +102,9 @@ void add_forge(CLI::App& app) {
   cmd->add_option("--template", o.style.plain_template,
                   "\"{prompt}\\n{completion}\" instead of the chat template");
   cmd->add_option("--system", o.style.system, "system message of every conversation");
-  cmd->add_option("--max-tokens", o.limits.max_tokens, "longest answer")->capture_default_str();
+  cmd->add_option("--max-tokens", o.limits.max_tokens, "longest answer")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
   cmd->add_option("--lora-r", o.tune.lora.rank, "rank of the adapter")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();

@@ -11,6 +11,7 @@
 #include "base/files.h"
 #include "base/hash.h"
 #include "cli/commands.h"
+#include "cli/interrupt.h"
 #include "cli/model_flags.h"
 
 namespace moru {
@@ -57,6 +58,7 @@ void run_gate(const GateFlags& flags) {
   options.tolerance = flags.tolerance_points / 100;
   options.text = flags.text;
   check(options);
+  if (!flags.kept.empty()) say_on_interrupt();
   std::vector<QuestionSet> questions;
   for (const std::string& path : flags.questions)
     questions.push_back(read_questions(path, flags.rows));
@@ -99,6 +101,7 @@ void add_gate(CLI::App& app) {
                   "\"{prompt}\\n{completion}\" instead of the chat template");
   cmd->add_option("--system", flags->style.system, "system message of every question");
   cmd->add_option("--max-tokens", o.limits.max_tokens, "longest answer to a question")
+      ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
   cmd->add_option("--text", flags->text, "plain text to measure the loss on; default: built in");
 

@@ -4,9 +4,12 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <memory>
 
 #include "cli/commands.h"
+#include "cli/flag_rules.h"
+#include "cli/interrupt.h"
 
 namespace moru {
 namespace {
@@ -40,8 +43,16 @@ ImproveOptions options_of(const ImproveFlags& flags) {
   return o;
 }
 
-void run_improve(const ImproveFlags& flags) {
+void run_improve(const CLI::App& cmd, const ImproveFlags& flags) {
   const ImproveOptions options = options_of(flags);
+  const auto learns = [&](const char* method) {
+    return std::find(flags.methods.begin(), flags.methods.end(), method) != flags.methods.end();
+  };
+  if (!learns("dpo"))
+    refuse_given(cmd, {"--dpo-lr", "--beta", "--rpo-alpha", "--loss-type"},
+                 "is about dpo, which --method does not name");
+  if (!learns("sft")) refuse_given(cmd, {"--lr"}, "is about sft, which --method does not name");
+  say_on_interrupt();
   const ImproveReport report =
       improve(options, [](const std::string& line) { fmt::print(stderr, "{}\n", line); });
   if (flags.json)
@@ -101,6 +112,7 @@ void add_improve(CLI::App& app) {
                   "sample from the likeliest set with this probability")
       ->capture_default_str();
   cmd->add_option("--max-tokens", o.pairs.sampling.limits.max_tokens, "longest answer")
+      ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
   cmd->add_option("--stop", o.pairs.sampling.limits.stop,
                   "an answer ends before this text; may be given again")
@@ -163,9 +175,11 @@ void add_improve(CLI::App& app) {
       ->capture_default_str();
   cmd->add_option("--length-factor", o.gate.length_factor, "by which the mean length may change")
       ->capture_default_str();
-  cmd->add_option("--threads", o.threads, "0: all that this process may use");
+  cmd->add_option("--threads", o.threads, "0: all that this process may use")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
   cmd->add_flag("--json", flags->json, "print JSON");
-  cmd->callback([flags] { run_improve(*flags); });
+  cmd->callback([cmd, flags] { run_improve(*cmd, *flags); });
 }
 
 }  // namespace moru

@@ -46,12 +46,18 @@ void show(std::string_view what, double done) {
   if (::isatty(STDERR_FILENO)) fmt::print(stderr, "\r\033[K{} {:.0f} %", what, 100 * done);
 }
 
-void run_lighten(const LightenFlags& flags) {
+void run_lighten(const CLI::App& cmd, const LightenFlags& flags) {
   const Preset& preset = preset_of(flags.type);
   if (!flags.calibrate.empty() && !flags.text.empty())
     throw Error(ErrorKind::usage, {.where = "--calibrate, --calibrate-text",
                                    .what = "both are given",
                                    .cure = "calibrate on pairs or on text"});
+  if (flags.calibrate.empty())
+    refuse_given(cmd, {"--prompt-column", "--completion-column", "--template"},
+                 "is about --calibrate, which is not given");
+  if (flags.calibrate.empty() && flags.text.empty())
+    refuse_given(cmd, {"--calibration-tokens", "--precision", "--activations", "--context"},
+                 "is about calibrating, and neither --calibrate nor --calibrate-text is given");
   const ModelFiles files = open_model(flags.model.path);
   Pool pool(flags.model.pool_size());
   Importance importance;
@@ -100,13 +106,14 @@ void add_lighten(CLI::App& app) {
   cmd->add_option("--calibrate", flags->calibrate, "pairs that show what matters");
   cmd->add_option("--calibrate-text", flags->text, "plain text instead of pairs");
   cmd->add_option("--calibration-tokens", flags->calibration_tokens, "at most")
+      ->check(CLI::Range(1, 1 << 30))
       ->capture_default_str();
   cmd->add_option("--prompt-column", flags->rows.prompt_column, "column of the pairs that asks");
   cmd->add_option("--completion-column", flags->rows.completion_column, "column that answers");
   cmd->add_option("--template", flags->rows.plain_template,
                   "\"{prompt}\\n{completion}\" instead of the chat template");
   cmd->add_flag("--json", flags->json, "print JSON");
-  cmd->callback([flags] { run_lighten(*flags); });
+  cmd->callback([cmd, flags] { run_lighten(*cmd, *flags); });
 }
 
 }  // namespace moru

@@ -10,6 +10,7 @@
 #include "base/error.h"
 #include "base/hash.h"
 #include "cli/commands.h"
+#include "cli/interrupt.h"
 #include "cli/model_flags.h"
 #include "tune/pairs_job.h"
 
@@ -51,6 +52,7 @@ PairsJob job_of(const PairsFlags& flags) {
 
 void run_pairs(const PairsFlags& flags) {
   const PairsJob job = job_of(flags);
+  say_on_interrupt();  // every answer is kept
   const ModelFiles files = open_model(flags.model.path);
   Pool pool(flags.model.pool_size());
   LoadOptions options = flags.model.load_options();
@@ -108,6 +110,7 @@ void add_pairs(CLI::App& app) {
       ->capture_default_str();
   cmd->add_option("--seed", job.sampling.seed, "same seed, same answers")->capture_default_str();
   cmd->add_option("--max-tokens", job.sampling.limits.max_tokens, "longest answer")
+      ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
   cmd->add_option("--stop", job.sampling.limits.stop,
                   "an answer ends before this text; may be given again")

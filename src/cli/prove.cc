@@ -11,6 +11,7 @@
 #include "base/hash.h"
 #include "cli/adapter_flags.h"
 #include "cli/commands.h"
+#include "cli/interrupt.h"
 #include "cli/model_flags.h"
 #include "prove/divergence.h"
 #include "prove/engine_answerer.h"
@@ -139,11 +140,22 @@ void diverge(const ProveFlags& flags, Pool& pool, const ModelFiles& files, Engin
              percent(d.same_top), d.perplexity, d.reference_perplexity, d.positions);
 }
 
-void run_prove(const ProveFlags& flags) {
+void run_prove(const CLI::App& cmd, const ProveFlags& flags) {
   if (flags.questions.empty() == flags.text.empty())
     throw Error(ErrorKind::usage, {.where = "prove",
                                    .what = "wants either --questions or --text",
                                    .cure = "give the file of one of them"});
+  if (flags.questions.empty())
+    refuse_given(cmd,
+                 {"--results", "--compare", "--prompt-column", "--answer-column", "--limit",
+                  "--template", "--system", "--max-tokens", "--machine-price", "--restart"},
+                 "is about --questions, and --text is measured");
+  else
+    refuse_given(cmd, {"--reference", "--reference-precision", "--chunks"},
+                 "is about --text, and --questions are asked");
+  if (flags.results.empty())
+    refuse_given(cmd, {"--restart"}, "is about --results, which is not given");
+  if (!flags.results.empty()) say_on_interrupt();
   const ModelFiles files = open_model(flags.model.path);
   Pool pool(flags.model.pool_size());
   LoadOptions options = flags.model.load_options();
@@ -177,6 +189,7 @@ void add_prove(CLI::App& app) {
                   "\"{prompt}\\n{completion}\" instead of the chat template");
   cmd->add_option("--system", flags->style.system, "system message of every question");
   cmd->add_option("--max-tokens", flags->limits.max_tokens, "longest answer")
+      ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
   cmd->add_option("--machine-price", flags->machine_usd_per_hour, "US dollars an hour")
       ->capture_default_str();
@@ -190,7 +203,7 @@ void add_prove(CLI::App& app) {
       ->check(CLI::Range(1, 100000))
       ->capture_default_str();
   cmd->add_flag("--json", flags->json, "print JSON");
-  cmd->callback([flags] { run_prove(*flags); });
+  cmd->callback([cmd, flags] { run_prove(*cmd, *flags); });
 }
 
 }  // namespace moru

@@ -67,7 +67,9 @@ void add_serve(CLI::App& app) {
   flags->cache.add_to(*cmd);
   ServeOptions& o = flags->options;
   cmd->add_option("--host", o.host, "IP address to listen on; 0.0.0.0: all")->capture_default_str();
-  cmd->add_option("--port", o.port, "0: a free one, which is printed")->capture_default_str();
+  cmd->add_option("--port", o.port, "0: a free one, which is printed")
+      ->check(CLI::Range(0, 65535))
+      ->capture_default_str();
   cmd->add_option("--api-key", o.api_key, "ask every client for this key")->envname("MORU_API_KEY");
   cmd->add_option("--model-name", o.model_name, "what clients call it; default: the file's name");
   cmd->add_option("--adapter", flags->adapters,

@@ -7,6 +7,7 @@
 #include <charconv>
 #include <cstdio>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -33,7 +34,7 @@ struct TuneFlags {
   std::string loss_type, anchor_over = "completion";
   std::string target_modules = "all-linear", layers, schedule = "cosine", precision = "bf16";
   std::string recompute = "auto", truncation = "keep_start", merge, merge_type = "bf16";
-  size_t check = 0;
+  std::optional<size_t> check;
   bool json = false;
 };
 
@@ -68,6 +69,9 @@ std::vector<DataSource> sources_of(const TuneFlags& flags) {
                                        .what = "has no weight above 0 after the *",
                                        .cure = "for example pairs.jsonl*0.5"});
     }
+    if (std::filesystem::is_directory(name))
+      throw Error(ErrorKind::usage,
+                  {.where = name, .what = "is a folder", .cure = "name the files of rows in it"});
     if (flags.dataset_info.empty() || std::filesystem::exists(name)) {
       sources.push_back({.path = name, .weight = weight});
       continue;
@@ -105,7 +109,7 @@ TuneOptions options_of(const TuneFlags& flags) {
 }
 
 // Flags that say how, where nothing asks what they are about: better refused than ignored.
-void refuse_idle_flags(const CLI::App& cmd, const TuneOptions& o) {
+void refuse_idle_flags(const CLI::App& cmd, const TuneFlags& flags, const TuneOptions& o) {
   const bool pairs = o.method == Method::dpo, kto = o.method == Method::kto;
   const PreferenceLoss loss = o.preference.loss;
   const bool orpo = pairs && loss == PreferenceLoss::orpo;
@@ -121,7 +125,7 @@ void refuse_idle_flags(const CLI::App& cmd, const TuneOptions& o) {
   const Rule rules[] = {
       {o.learnt.full,
        {"--lora-r", "--lora-alpha", "--use-rslora", "--use-dora", "--target-modules",
-        "--layers-to-transform", "--loraplus-lr-ratio", "--modules-to-save", "--qlora"},
+        "--layers-to-transform", "--loraplus-lr-ratio", "--modules-to-save", "--qlora", "--merge"},
        "is about adapters, and --full learns the weights themselves"},
       {!o.learnt.full, {"--freeze-layers"}, "is about --full; see --layers-to-transform"},
       {o.schedule != Schedule::cosine_with_min_lr,
@@ -144,12 +148,15 @@ void refuse_idle_flags(const CLI::App& cmd, const TuneOptions& o) {
        "is about --method orpo, or pairs with --rpo-alpha"},
       {!pairs || loss != PreferenceLoss::simpo, {"--simpo-gamma"}, "is about --method simpo"},
       {!pairs || loss != PreferenceLoss::dpop, {"--dpop-lambda"}, "is about --loss-type dpop"},
+      {o.batch_tokens != 0, {"--batch-size"}, "counts examples, and --batch-tokens their tokens"},
+      {!o.validation.empty(),
+       {"--val-fraction"},
+       "is about rows set aside, and --validation is given"},
+      {flags.merge.empty(), {"--merge-type"}, "is about --merge"},
       {!kto, {"--desirable-weight", "--undesirable-weight"}, "is about --method kto"},
   };
   for (const Rule& rule : rules)
-    for (const char* flag : rule.flags)
-      if (rule.idle && cmd.get_option(flag)->count() != 0)
-        throw Error(ErrorKind::usage, {.where = flag, .what = rule.wants, .cure = "leave it out"});
+    if (rule.idle) refuse_given(cmd, rule.flags, rule.wants);
 }
 
 // The first examples as the model will see them, and what may be wrong with the others.
@@ -201,8 +208,8 @@ void write_report(const std::filesystem::path& folder) {
 
 void run_tune(const CLI::App& cmd, const TuneFlags& flags) {
   const TuneOptions o = options_of(flags);
-  refuse_idle_flags(cmd, o);
-  if (flags.check != 0) return print_check(o, flags.check);
+  refuse_idle_flags(cmd, flags, o);
+  if (flags.check) return print_check(o, *flags.check);
   const std::unique_ptr<Ranks> ranks = join_ranks();
   const bool live = ::isatty(STDERR_FILENO) != 0;
   const auto print = [&](const TuneEvent& event) {
@@ -369,7 +376,8 @@ void add_tune(CLI::App& app) {
       ->capture_default_str();
   cmd->add_option("--patience", o.patience, "stop after so many validations without improvement")
       ->capture_default_str();
-  cmd->add_option("--save-steps", o.save_steps, "steps between checkpoints")->capture_default_str();
+  cmd->add_option("--save-steps", o.save_steps, "steps between checkpoints; 0: none")
+      ->capture_default_str();
   cmd->add_option("--seed", o.seed,
                   "of the order, the adapter's start and noise: same seed, same bits")
       ->capture_default_str();
@@ -380,7 +388,9 @@ void add_tune(CLI::App& app) {
   cmd->add_option("--recompute", flags->recompute, "what the backward pass computes anew")
       ->check(CLI::IsMember({"auto", "none", "light", "block"}))
       ->capture_default_str();
-  cmd->add_option("--threads", o.threads, "0: all that this process may use");
+  cmd->add_option("--threads", o.threads, "0: all that this process may use")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
   cmd->add_option("--memory", o.memory,
                   "most memory to take, as 4GiB: the run is refused if it needs more; 0: all that "
                   "this process may use")
@@ -391,8 +401,9 @@ void add_tune(CLI::App& app) {
   cmd->add_option("--merge-type", flags->merge_type, "numbers of the merged model")
       ->check(CLI::IsMember({"f32", "bf16", "f16"}))
       ->capture_default_str();
-  cmd->add_option("--check", flags->check,
-                  "print the first N rendered examples and what is odd about the rest, and stop");
+  cmd->add_option(
+      "--check", flags->check,
+      "print the first N rendered examples and what is odd about the rest, and learn nothing");
   cmd->add_flag("--json", flags->json, "print the result as JSON");
   cmd->callback([cmd, flags] { run_tune(*cmd, *flags); });
 }

@@ -88,7 +88,9 @@ class Source {
     throw Error(absent ? ErrorKind::not_found : ErrorKind::io,
                 {.where = where_,
                  .what = fmt::format("cannot open: {}", std::strerror(code)),
-                 .cure = absent ? "check the path" : ""});
+                 .cure = absent           ? "check the path"
+                         : code == EISDIR ? "name a file, not a folder"
+                                          : "check the permissions"});
   }
 
   std::string where_;

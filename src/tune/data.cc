@@ -317,8 +317,8 @@ void refuse_unusable(const std::filesystem::path& path, const DataCounts& counts
               {.where = path.string(),
                .what = why,
                .cure = "rows need prompt and completion, messages, conversations, or "
-                       "instruction and output; name other columns with --prompt-column and "
-                       "--completion-column"});
+                       "instruction and output, for pairs chosen and rejected, for raw text "
+                       "text; name other columns with --prompt-column and --completion-column"});
 }
 
 Permutation epoch_order(size_t count, uint64_t seed, uint64_t epoch) {

@@ -763,7 +763,7 @@ Method parse_method(std::string_view name) {
     if (kMethods[i] == name) return static_cast<Method>(i);
   throw Error(ErrorKind::usage, {.where = "--method",
                                  .what = fmt::format("\"{}\" is no method", name),
-                                 .cure = fmt::format("one of {}", fmt::join(kMethods, ", "))});
+                                 .cure = fmt::format("one of {}, simpo, orpo", fmt::join(kMethods, ", "))});
 }
 std::string_view name_of(Method method) { return kMethods[static_cast<size_t>(method)]; }
 

@@ -114,6 +114,11 @@ void check(const TuneOptions& o) {
   if (!(o.val_fraction >= 0 && o.val_fraction < 1)) refuse("--val-fraction", "must be in [0, 1)");
   if (!(o.warmup_ratio >= 0 && o.warmup_ratio <= 1)) refuse("--warmup-ratio", "must be in [0, 1]");
   if (o.lora.rank == 0 || o.lora.rank > 1024) refuse("--lora-r", "must be in [1, 1024]");
+  if (!(o.lora.alpha > 0)) refuse("--lora-alpha", "must be above 0");
+  if (!(o.adamw.weight_decay >= 0)) refuse("--weight-decay", "must be at least 0");
+  if (!(o.max_grad_norm >= 0)) refuse("--max-grad-norm", "must be at least 0");
+  if (!(o.min_lr_ratio >= 0 && o.min_lr_ratio <= 1)) refuse("--min-lr-ratio", "must be in [0, 1]");
+  if (o.micro_batch_tokens == 0) refuse("--micro-batch-tokens", "must be at least 1");
   if (!(o.learnt.lora_plus_ratio > 0)) refuse("--loraplus-lr-ratio", "must be above 0");
   if (o.learnt.full && !o.adapter.empty())
     refuse("--adapter", "full fine-tuning learns no adapter; merge it first");
@@ -365,6 +370,11 @@ class Run {
     wanted.val_fraction = o_.val_fraction;
     wanted.preference = o_.preference;
     objective_ = make_objective(pool_, ranks_, wanted, files);
+    if (objective_->rows() == 0)
+      throw Error(ErrorKind::bad_input,
+                  {.where = o_.data[0].path.string(),
+                   .what = "no example is left to learn",
+                   .cure = "give more rows, or a larger share of them"});
     tell({.kind = TuneEvent::Kind::data, .text = describe(*objective_)});
     const bool packed = o_.keep_quantized && is_quantized(files);
     refuse_large(files, packed);

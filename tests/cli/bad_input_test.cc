@@ -2,8 +2,11 @@
 // code that is not 0, and nothing half-written.
 #include <doctest/doctest.h>
 #include <fmt/format.h>
+#include <sys/stat.h>
 
 #include <algorithm>
+#include <fstream>
+#include <iterator>
 #include <nlohmann/json.hpp>
 
 #include "base/files.h"
@@ -96,6 +99,82 @@ TEST_CASE("bad input gets one line with file, field and cure, and a code that is
        {"tune", model.string(), pairs.string(), "--beta", "3"},
        64,
        {"--beta", "--method"}},
+      {"a folder of rows",
+       {"tune", model.string(), folder.path().string()},
+       64,
+       {"is a folder", "name the files"}},
+      {"a folder of questions",
+       {"prove", model.string(), "-q", folder.path().string()},
+       74,
+       {"name a file"}},
+      {"more threads than there can be",
+       {"tune", model.string(), pairs.string(), "--threads", "100000"},
+       64,
+       {"--threads"}},
+      {"a method that is none",
+       {"tune", model.string(), pairs.string(), "--method", "ppo"},
+       64,
+       {"--method", "simpo"}},
+      {"a type of numbers where nothing is merged",
+       {"tune", model.string(), pairs.string(), "--merge-type", "f16"},
+       64,
+       {"--merge-type", "--merge"}},
+      {"a merged adapter where there is none",
+       {"tune", model.string(), pairs.string(), "--full", "--merge", "gguf"},
+       64,
+       {"--merge", "--full"}},
+      {"examples and tokens of a step",
+       {"tune", model.string(), pairs.string(), "--batch-size", "4", "--batch-tokens", "99"},
+       64,
+       {"--batch-size", "--batch-tokens"}},
+      {"rows to validate on, and a share of the others",
+       {"tune", model.string(), pairs.string(), "--validation", "v", "--val-fraction", "0.1"},
+       64,
+       {"--val-fraction", "--validation"}},
+      {"a weight that leaves no example",
+       {"tune", model.string(), pairs.string() + "*0.001", "-o",
+        (folder.path() / "with-rows-read").string(), "--template", "{prompt}{completion}"},
+       65,
+       {"pairs.jsonl", "no example"}},
+      {"numbers of an adapter that is not merged",
+       {"adapter", model.string(), folder.path().string(), "-o", out, "--type", "f16"},
+       64,
+       {"--type", "gguf or hf"}},
+      {"a share of nothing",
+       {"forge", "--model", model.string(), "--pairs", pairs.string(), "--questions",
+        questions.string(), "--out", out, "--at-least", "0"},
+       64,
+       {"--at-least"}},
+      {"one column of the pairs",
+       {"forge", "--model", model.string(), "--pairs", pairs.string(), "--questions",
+        questions.string(), "--out", out, "--completion-column", "b"},
+       64,
+       {"--prompt-column", "--completion-column"}},
+      {"vendors without prices",
+       {"forge", "--model", model.string(), "--pairs", pairs.string(), "--questions",
+        questions.string(), "--out", out, "--vendors", "a"},
+       64,
+       {"--vendors", "--vendor-prices"}},
+      {"results where nothing is asked",
+       {"prove", model.string(), "--text", text.string(), "--results", out},
+       64,
+       {"--results", "--questions"}},
+      {"a reference where nothing is measured",
+       {"prove", model.string(), "-q", questions.string(), "--chunks", "2"},
+       64,
+       {"--chunks", "--text"}},
+      {"tokens to calibrate on, and no text",
+       {"lighten", model.string(), "-o", out, "--calibration-tokens", "9"},
+       64,
+       {"--calibration-tokens", "--calibrate"}},
+      {"a rate of what is not learnt by",
+       {"improve", model.string(), "-q", questions.string(), "-o", out, "--dpo-lr", "1"},
+       64,
+       {"--dpo-lr", "--method"}},
+      {"no token to answer with",
+       {"prove", model.string(), "-q", questions.string(), "--max-tokens", "0"},
+       64,
+       {"--max-tokens"}},
       {"an unknown flag", {"info", model.string(), "--colour"}, 64, {"--colour", "--help"}},
       {"no command", {}, 64, {"--help"}},
       {"a full disk", {"lighten", model.string(), "--out", "/dev/full/x.gguf"}, 74, {"/dev/full"}},
@@ -186,6 +265,40 @@ TEST_CASE("no flag takes an empty value, and those of numbers take finite ones a
     CHECK(ended.output.starts_with("moru: "));
     CHECK(lines_of(ended.output) == 1);
     for (const std::string& word : item.says) CHECK(ended.output.find(word) != std::string::npos);
+  }
+}
+
+TEST_CASE("what keeps its answers says on Ctrl-C how to go on, and ends by the signal") {
+  const TempDir folder;
+  const auto model = folder.path() / "tiny.gguf";
+  write_tiny_model(model);
+  const std::string never = (folder.path() / "questions.jsonl").string();
+  REQUIRE(::mkfifo(never.c_str(), 0600) == 0);  // nobody writes into it
+  const std::string kept = (folder.path() / "kept").string();
+  const std::string path = model.string();
+  const std::vector<std::vector<std::string>> commands = {
+      {"prove", path, "-q", never, "--results", kept},
+      {"gate", path, path, "-q", never, "--kept", kept},
+      {"pairs", path, "-q", never, "-o", kept},
+      {"improve", path, "-q", never, "-o", kept + "s"},
+      {"forge", "--model", path, "--pairs", never, "--questions", never, "-o", kept + "f"}};
+  for (const std::vector<std::string>& words : commands) {
+    CAPTURE(words[0]);
+    Program program(words);
+    // Until the program, no longer this test that forked, catches the signal: bit 1 of the mask.
+    for (int tries = 0; tries < 6000; ++tries) {
+      std::ifstream file(fmt::format("/proc/{}/status", program.pid()));
+      const std::string status(std::istreambuf_iterator<char>(file), {});
+      const size_t at =
+          status.starts_with("Name:\tmoru\n") ? status.find("SigCgt:") : std::string::npos;
+      if (at != std::string::npos && (std::stoull(status.substr(at + 7), nullptr, 16) & 2) != 0)
+        break;
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    ::kill(program.pid(), SIGINT);
+    const Ended ended = program.wait();
+    CHECK(ended.code == 128 + SIGINT);
+    CHECK(ended.output.find("run the same command again") != std::string::npos);
   }
 }
 
