@@ -761,9 +761,10 @@ class LabelledObjective : public Objective {
 Method parse_method(std::string_view name) {
   for (size_t i = 0; i < kMethods.size(); ++i)
     if (kMethods[i] == name) return static_cast<Method>(i);
-  throw Error(ErrorKind::usage, {.where = "--method",
-                                 .what = fmt::format("\"{}\" is no method", name),
-                                 .cure = fmt::format("one of {}, simpo, orpo", fmt::join(kMethods, ", "))});
+  throw Error(ErrorKind::usage,
+              {.where = "--method",
+               .what = fmt::format("\"{}\" is no method", name),
+               .cure = fmt::format("one of {}, simpo, orpo", fmt::join(kMethods, ", "))});
 }
 std::string_view name_of(Method method) { return kMethods[static_cast<size_t>(method)]; }
 

@@ -371,10 +371,9 @@ class Run {
     wanted.preference = o_.preference;
     objective_ = make_objective(pool_, ranks_, wanted, files);
     if (objective_->rows() == 0)
-      throw Error(ErrorKind::bad_input,
-                  {.where = o_.data[0].path.string(),
-                   .what = "no example is left to learn",
-                   .cure = "give more rows, or a larger share of them"});
+      throw Error(ErrorKind::bad_input, {.where = o_.data[0].path.string(),
+                                         .what = "no example is left to learn",
+                                         .cure = "give more rows, or a larger share of them"});
     tell({.kind = TuneEvent::Kind::data, .text = describe(*objective_)});
     const bool packed = o_.keep_quantized && is_quantized(files);
     refuse_large(files, packed);
