@@ -95,6 +95,14 @@ TEST_CASE("a new adapter changes nothing and no two tensors are alike") {
   CHECK(firsts.size() == lora.layers.size() * kProjections);
   CHECK(make_lora(files.config, {.rank = 8, .alpha = 16, .targets = {}}, 42).values == lora.values);
   CHECK(make_lora(files.config, {.rank = 8, .alpha = 16, .targets = {}}, 43).values != lora.values);
+  Pool pool(2);
+  for (const char* name : kModels) {
+    CAPTURE(name);
+    Model model = load(pool, kGolden / name);
+    const Lora fresh = make_lora(model.config, {.rank = 8, .alpha = 16, .targets = {}}, 42);
+    CHECK(losses(pool, model, fresh, some_ids(40)) ==
+          losses(pool, model, no_adapter(model.config), some_ids(40)));
+  }
 }
 
 TEST_CASE("an adapter beside the weights computes what the merged model does") {

@@ -177,7 +177,7 @@ TEST_CASE("runs on preferences stopped at any step reach the bits of one that wa
   CHECK(adapter_bytes(one) == adapter_bytes(whole));
   TuneOptions small = dpo_for(dir, "small");
   small.micro_batch_tokens = 1;
-  CHECK(*tune(small).val_loss == doctest::Approx(*expected.val_loss).epsilon(1e-4));
+  CHECK(std::abs(*tune(small).val_loss - *expected.val_loss) < 1e-5);
 }
 
 TEST_CASE("a preference is learnt by every method, and the anchor keeps chosen answers likely") {
@@ -359,6 +359,50 @@ TEST_CASE("full fine-tuning ends in a model that has the loss it was chosen by")
             doctest::Approx(*r.val_loss).epsilon(precision == Profile::f32 ? 1e-6 : 1e-2));
     }
   }
+}
+
+TEST_CASE("a skill is learnt from nothing: sums modulo ten") {
+  const TempDir dir;
+  std::vector<nlohmann::json> rows;
+  for (int a = 0; a < 10; ++a)
+    for (int b = 0; b < 10; ++b)
+      rows.push_back(nlohmann::json{{"prompt", std::to_string(a) + "+" + std::to_string(b) + "="},
+                                    {"completion", std::to_string((a + b) % 10)}});
+  dir.file("rows.jsonl", lines(rows));
+  TuneOptions o = options_for(dir, "out");
+  o.validation = dir.path() / "rows.jsonl";
+  o.learnt.full = true;
+  o.lr = 3e-3;
+  o.epochs = 60;
+  o.batch_size = 20;
+  o.eval_steps = 0;
+  o.save_steps = 1000;
+  std::vector<double> right;
+  tune(o, [&](const TuneEvent& e) {
+    if (e.kind == TuneEvent::Kind::validation) right.push_back(metric(e, "mean_token_accuracy"));
+  });
+  // Of the two tokens of an answer one is its end, which is soon learnt: 0.975 are 95 of 100 sums.
+  CHECK(right.front() < 0.1);
+  CHECK(right.back() >= 0.975);
+}
+
+TEST_CASE("eight examples are learnt by heart") {
+  const TempDir dir;
+  std::vector<nlohmann::json> rows;
+  for (int i = 0; i < 8; ++i)
+    rows.push_back(
+        nlohmann::json{{"prompt", "Question " + std::to_string(i)},
+                       {"completion", "the answer is " + std::to_string(i * i * i * 7919 % 1000)}});
+  dir.file("rows.jsonl", lines(rows));
+  TuneOptions o = options_for(dir, "out");
+  o.validation = dir.path() / "rows.jsonl";
+  o.learnt.full = true;
+  o.lr = 3e-3;
+  o.epochs = 100;
+  o.batch_size = 8;
+  o.eval_steps = 0;
+  o.save_steps = 1000;
+  CHECK(*tune(o).val_loss < 0.01);
 }
 
 TEST_CASE("frozen layers keep their weights, and modules to save are learnt beside an adapter") {
