@@ -196,7 +196,7 @@ TEST_CASE("a run that is stopped through mpirun saves what it has, also within a
   for (const bool long_steps : {false, true}) {
     CAPTURE(long_steps);
     const std::string name = long_steps ? "long" : "short";
-    std::vector<std::string> more = {"--epochs", "3", "--save-steps", "1000", "--val-fraction", "0",
+    std::vector<std::string> more = {"--epochs", "12", "--save-steps", "1000", "--val-fraction", "0",
                                      "--threads", "1"};
     const auto words = [&](const std::string& out) {
       std::vector<std::string> all = words_for(dir, out, more);
@@ -207,7 +207,8 @@ TEST_CASE("a run that is stopped through mpirun saves what it has, also within a
       if (long_steps) set("--micro-batch-tokens", "64");
       return all;
     };
-    if (long_steps) more.insert(more.end(), {"--max-steps", "4"});
+    // Enough of them that a busy machine does not end the run before mpirun passes the signal on.
+    if (long_steps) more.insert(more.end(), {"--max-steps", "12"});
     if (!long_steps) more.insert(more.end(), {"--max-steps", "2000"});
     REQUIRE(run(2, words(name + "_whole")).code == 0);
     Program program(mpirun(2, words(name)), "mpirun");
