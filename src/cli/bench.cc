@@ -320,8 +320,16 @@ void add_bench(CLI::App& app) {
       ->check(CLI::Range(1, 100))
       ->capture_default_str();
   cmd->add_flag("--json", flags->json, "print JSON");
-  cmd->callback([flags] {
-    if (flags->machine) return bench_machine(*flags);
+  cmd->callback([cmd, flags] {
+    if (flags->machine) {
+      refuse_given(*cmd,
+                   {"--precision", "--activations", "--context", "--kv-type", "--prompt-tokens",
+                    "--new-tokens", "--batch", "--depth", "--repeat"},
+                   "is about a model, and --machine measures without one");
+      return bench_machine(*flags);
+    }
+    if (flags->generate == 0)
+      refuse_given(*cmd, {"--batch"}, "is about answers, which --new-tokens 0 leaves out");
     if (flags->model.path.empty())
       throw Error(ErrorKind::usage, {.where = "bench",
                                      .what = "neither a model nor --machine is given",

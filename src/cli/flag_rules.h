@@ -21,6 +21,10 @@ void refuse_odd_values(CLI::App& app);
 void refuse_given(const CLI::App& command, const std::vector<const char*>& flags,
                   const std::string& why);
 
+// Why flags that narrow down what is sampled are refused where nothing is.
+inline constexpr const char* kWithoutSampling =
+    "is about sampling, and at --temperature 0 the likeliest token is taken";
+
 // What is wrong with the words of a command, as moru says it.
 std::string problem_of(const CLI::ParseError& error);
 

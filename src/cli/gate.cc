@@ -37,12 +37,30 @@ void show_progress(const ProveProgress& p) {
   if (p.done == p.total) fmt::print(stderr, "\r\033[K");
 }
 
+// Flags about quantized weights are for those of the models that have some; one of them must.
+void refuse_idle_flags(const CLI::App& cmd, const GateFlags& flags) {
+  if (flags.questions.empty())
+    refuse_given(cmd, {"--prompt-column", "--answer-column", "--limit", "--system", "--max-tokens"},
+                 "is about --questions, and none are given");
+  const LoadOptions loading = flags.computing.load_options();
+  if (loading.profile != Profile::exact && loading.activations != Activations::int8) return;
+  for (const std::string& path : {flags.before, flags.base})
+    if (!path.empty() && is_quantized(open_model(path))) return;
+  refuse_unquantized(open_model(flags.after), loading.profile == Profile::exact
+                                                  ? "--precision exact"
+                                                  : "--activations int8");
+}
+
 // One model at a time is in memory.
 GateMeasures measure(const GateFlags& flags, const GateOptions& options, Pool& pool,
                      const std::vector<QuestionSet>& questions, const std::string& path,
                      const char* word) {
   const ModelFiles files = open_model(path);
   LoadOptions loading = flags.computing.load_options();
+  if (!is_quantized(files)) {
+    if (loading.profile == Profile::exact) loading.profile.reset();
+    loading.activations = Activations::int16;
+  }
   if (loading.context == 0)
     loading.context = std::min<size_t>(files.config.context, kLongestSequence);
   const Model model = load_model(pool, files, loading);
@@ -53,11 +71,12 @@ GateMeasures measure(const GateFlags& flags, const GateOptions& options, Pool& p
                           engine, files, flags.style, options, kept, show_progress);
 }
 
-void run_gate(const GateFlags& flags) {
+void run_gate(const CLI::App& cmd, const GateFlags& flags) {
   GateOptions options = flags.options;
   options.tolerance = flags.tolerance_points / 100;
   options.text = flags.text;
   check(options);
+  refuse_idle_flags(cmd, flags);
   if (!flags.kept.empty()) say_on_interrupt();
   std::vector<QuestionSet> questions;
   for (const std::string& path : flags.questions)
@@ -116,7 +135,7 @@ void add_gate(CLI::App& app) {
       ->capture_default_str();
   cmd->add_option("--kept", flags->kept, "folder for every answer; resumes from it");
   cmd->add_flag("--json", flags->json, "print JSON");
-  cmd->callback([flags] { run_gate(*flags); });
+  cmd->callback([cmd, flags] { run_gate(*cmd, *flags); });
 }
 
 }  // namespace moru

@@ -51,7 +51,15 @@ void run_improve(const CLI::App& cmd, const ImproveFlags& flags) {
   if (!learns("dpo"))
     refuse_given(cmd, {"--dpo-lr", "--beta", "--rpo-alpha", "--loss-type"},
                  "is about dpo, which --method does not name");
+  if (!learns("dpo"))
+    refuse_given(cmd,
+                 {"--rejected-filter", "--max-pairs-per-prompt", "--max-pairs-per-category",
+                  "--max-length-ratio"},
+                 "is about pairs, and dpo, which learns from them, is not in --method");
   if (!learns("sft")) refuse_given(cmd, {"--lr"}, "is about sft, which --method does not name");
+  if (options.tune.max_steps != 0)
+    refuse_given(cmd, {"--epochs"}, "counts passes over the data, and --max-steps steps");
+  if (options.pairs.sampling.temperature == 0) refuse_given(cmd, {"--top-p"}, kWithoutSampling);
   say_on_interrupt();
   const ImproveReport report =
       improve(options, [](const std::string& line) { fmt::print(stderr, "{}\n", line); });

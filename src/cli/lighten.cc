@@ -58,6 +58,9 @@ void run_lighten(const CLI::App& cmd, const LightenFlags& flags) {
   if (flags.calibrate.empty() && flags.text.empty())
     refuse_given(cmd, {"--calibration-tokens", "--precision", "--activations", "--context"},
                  "is about calibrating, and neither --calibrate nor --calibrate-text is given");
+  if (is_float(preset.base))
+    refuse_given(cmd, {"--calibrate", "--calibrate-text"},
+                 fmt::format("is about rounding to blocks, and --type {} has none", preset.name));
   const ModelFiles files = open_model(flags.model.path);
   Pool pool(flags.model.pool_size());
   Importance importance;

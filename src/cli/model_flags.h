@@ -41,7 +41,9 @@ struct ModelFlags {
   static void add_draft_to(CLI::App& cmd, bool& drafts) {
     cmd.add_option_function<std::string>(
            "--draft", [&drafts](const std::string& kind) { drafts = kind == "lookup"; },
-           "lookup: guess at tokens that the text already had, never another answer; off")
+           "lookup: with quantized weights, guess at tokens that the text already had, never "
+           "another "
+           "answer; off")
         ->check(CLI::IsMember({"lookup", "off"}))
         ->default_str("lookup");
   }

@@ -50,8 +50,9 @@ PairsJob job_of(const PairsFlags& flags) {
   return job;
 }
 
-void run_pairs(const PairsFlags& flags) {
+void run_pairs(const CLI::App& cmd, const PairsFlags& flags) {
   const PairsJob job = job_of(flags);
+  if (job.sampling.temperature == 0) refuse_given(cmd, {"--top-p"}, kWithoutSampling);
   say_on_interrupt();  // every answer is kept
   const ModelFiles files = open_model(flags.model.path);
   Pool pool(flags.model.pool_size());
@@ -142,7 +143,7 @@ void add_pairs(CLI::App& app) {
       ->check(CLI::Range(0.0, 0.9))
       ->capture_default_str();
   cmd->add_flag("--json", flags->json, "print JSON");
-  cmd->callback([flags] { run_pairs(*flags); });
+  cmd->callback([cmd, flags] { run_pairs(*cmd, *flags); });
 }
 
 }  // namespace moru

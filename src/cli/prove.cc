@@ -113,6 +113,8 @@ void diverge(const ProveFlags& flags, Pool& pool, const ModelFiles& files, Engin
   const std::filesystem::path reference =
       flags.reference.empty() ? files.path : std::filesystem::path(flags.reference);
   const ModelFiles reference_files = open_model(reference);
+  if (flags.reference_precision == "exact")
+    refuse_unquantized(reference_files, "--reference-precision exact");
   ModelFlags reference_flags;
   reference_flags.precision = flags.reference_precision;
   LoadOptions options = reference_flags.load_options();

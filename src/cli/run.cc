@@ -90,7 +90,12 @@ void print_json(const GenerationResult& result, double seconds) {
                  .dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
 }
 
-void run(const RunFlags& flags) {
+void run(const CLI::App& cmd, const RunFlags& flags) {
+  if (flags.sampling.temperature == 0)
+    refuse_given(cmd, {"--top-k", "--top-p", "--min-p", "--typical-p"}, kWithoutSampling);
+  if (flags.sampling.dry_multiplier == 0)
+    refuse_given(cmd, {"--dry-base", "--dry-allowed-length", "--dry-sequence-breaker"},
+                 "is about --dry-multiplier, which is 0: off");
   const std::shared_ptr<const Language> language = language_of(flags);
   const ModelFiles files = open_model(flags.model.path);
   if (!flags.raw && !files.chat_template)
@@ -195,7 +200,7 @@ void add_run(CLI::App& app) {
       ->excludes(schema)
       ->excludes(regex);
   cmd->add_flag("--json", flags->json, "print one JSON object an answer");
-  cmd->callback([flags] { run(*flags); });
+  cmd->callback([cmd, flags] { run(*cmd, *flags); });
 }
 
 }  // namespace moru

@@ -56,6 +56,7 @@ std::string unescape(const std::string& text) {
 // "FILE", "FILE*0.5", or the name of a data set of --dataset-info.
 std::vector<DataSource> sources_of(const TuneFlags& flags) {
   std::vector<DataSource> sources;
+  bool names_set = flags.dataset_info.empty();
   for (const std::string& text : flags.data) {
     std::string name = text;
     double weight = 1;
@@ -76,12 +77,18 @@ std::vector<DataSource> sources_of(const TuneFlags& flags) {
       sources.push_back({.path = name, .weight = weight});
       continue;
     }
+    names_set = true;
     for (DataSetInfo& set : read_dataset_info(flags.dataset_info, {name}))
       sources.push_back({.path = std::move(set.file),
                          .format = std::move(set.format),
                          .weight = weight,
                          .num_samples = set.num_samples});
   }
+  if (!names_set)
+    throw Error(ErrorKind::usage,
+                {.where = "--dataset-info",
+                 .what = "is about data sets that it names, and all data are files",
+                 .cure = "leave it out, or name one of its data sets"});
   return sources;
 }
 
@@ -128,12 +135,22 @@ void refuse_idle_flags(const CLI::App& cmd, const TuneFlags& flags, const TuneOp
         "--layers-to-transform", "--loraplus-lr-ratio", "--modules-to-save", "--qlora", "--merge"},
        "is about adapters, and --full learns the weights themselves"},
       {!o.learnt.full, {"--freeze-layers"}, "is about --full; see --layers-to-transform"},
+      {!flags.adapter.empty(),
+       {"--lora-r", "--lora-alpha", "--use-rslora", "--use-dora", "--target-modules",
+        "--layers-to-transform"},
+       "is about a new adapter, and that of --adapter is what it is"},
       {o.schedule != Schedule::cosine_with_min_lr,
        {"--min-lr-ratio"},
        "is about --lr-scheduler-type cosine_with_min_lr"},
       {o.method != Method::sft,
        {"--last-turn-only", "--train-on-prompt"},
        "is about --method sft: text has no prompts, and preferences are between last answers"},
+      {o.method == Method::text,
+       {"--template", "--system", "--truncation-mode"},
+       "is about prompts and answers, and --method text learns all of a text as it is"},
+      {o.method != Method::sft,
+       {"--prompt-column", "--completion-column"},
+       "is about --method sft; --dataset-info names the columns of pairs and labelled answers"},
       {o.rows.last_turn_only,
        {"--train-on-prompt"},
        "learns all of a conversation, and --last-turn-only its last answer"},
@@ -152,7 +169,14 @@ void refuse_idle_flags(const CLI::App& cmd, const TuneFlags& flags, const TuneOp
       {!o.validation.empty(),
        {"--val-fraction"},
        "is about rows set aside, and --validation is given"},
+      {o.validation.empty() && o.val_fraction == 0,
+       {"--eval-steps", "--patience"},
+       "is about validation, and --val-fraction 0 leaves nothing to validate on"},
+      {o.max_steps != 0, {"--epochs"}, "counts passes over the data, and --max-steps steps"},
       {flags.merge.empty(), {"--merge-type"}, "is about --merge"},
+      {flags.check.has_value(),
+       {"--json"},
+       "is about what a run found, and --check learns nothing"},
       {!kto, {"--desirable-weight", "--undesirable-weight"}, "is about --method kto"},
   };
   for (const Rule& rule : rules)
@@ -209,6 +233,7 @@ void write_report(const std::filesystem::path& folder) {
 void run_tune(const CLI::App& cmd, const TuneFlags& flags) {
   const TuneOptions o = options_of(flags);
   refuse_idle_flags(cmd, flags, o);
+  check(o);
   if (flags.check) return print_check(o, *flags.check);
   const std::unique_ptr<Ranks> ranks = join_ranks();
   const bool live = ::isatty(STDERR_FILENO) != 0;

@@ -232,12 +232,10 @@ struct Loader {
 };
 
 Profile default_profile(const ModelFiles& files) {
-  bool any_quantized = false, any_half = false;
-  for (const Tensor& tensor : files.tensors) {
-    any_quantized |= is_quantized(tensor.type);
+  bool any_half = false;
+  for (const Tensor& tensor : files.tensors)
     any_half |= tensor.shape.size() == 2 && tensor.type != DType::f32;
-  }
-  return any_quantized ? Profile::exact : any_half ? Profile::bf16 : Profile::f32;
+  return is_quantized(files) ? Profile::exact : any_half ? Profile::bf16 : Profile::f32;
 }
 
 }  // namespace
@@ -279,7 +277,23 @@ size_t Model::weight_bytes() const {
   return total;
 }
 
+bool is_quantized(const ModelFiles& files) {
+  return std::any_of(files.tensors.begin(), files.tensors.end(),
+                     [](const Tensor& tensor) { return is_quantized(tensor.type); });
+}
+
+void refuse_unquantized(const ModelFiles& files, std::string_view flag) {
+  if (is_quantized(files)) return;
+  throw Error(
+      ErrorKind::usage,
+      {.where = std::string(flag),
+       .what = fmt::format("is about quantized weights, and {} has none", files.path.string()),
+       .cure = "leave it out, or take a quantized model: moru lighten makes one"});
+}
+
 Model load_model(Pool& pool, const ModelFiles& files, const LoadOptions& options) {
+  if (options.profile == Profile::exact) refuse_unquantized(files, "--precision exact");
+  if (options.activations == Activations::int8) refuse_unquantized(files, "--activations int8");
   const Config& c = files.config;
   const Loader load{pool, files, options.profile.value_or(default_profile(files))};
   Model model{.config = c,

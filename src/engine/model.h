@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string_view>
 #include <variant>
 #include <vector>
 
@@ -98,7 +99,13 @@ struct LoadOptions {
       0;  // positions to prepare for; 0: what the model was trained for, at most 32,768
 };
 
-// Errors: bad_input naming the tensor (missing, or of another shape), no_space.
+// Whether any of the weights is quantized.
+bool is_quantized(const ModelFiles& files);
+// Error usage where none is: what `flag`, as people write it, asks for would silently not be done.
+void refuse_unquantized(const ModelFiles& files, std::string_view flag);
+
+// Errors: bad_input naming the tensor (missing, or of another shape), no_space; usage (the exact
+// profile or int8 activations, and nothing is quantized).
 Model load_model(Pool& pool, const ModelFiles& files, const LoadOptions& options = {});
 
 }  // namespace moru

@@ -49,6 +49,15 @@ size_t common_start(std::string_view a, std::string_view b) {
 
 }  // namespace
 
+const ordered_json& composed_row(const ordered_json& row, bool nfc, ordered_json& room,
+                                 DataCounts& counts) {
+  if (is_composed(row)) return row;
+  ++counts.not_nfc;
+  if (!nfc) return row;
+  compose(room = row);
+  return room;
+}
+
 size_t Example::trained_tokens() const {
   if (trained.empty()) return 0;
   return static_cast<size_t>(std::count(trained.begin() + 1, trained.end(), uint8_t{1}));
@@ -101,12 +110,9 @@ void ExampleMaker::add(const Row& row, Dataset& into) const {
     into.problems.push_back({row.line, std::move(field), std::move(what)});
   };
   try {
-    ordered_json composed;
-    if (!is_composed(row.value)) {
-      ++into.counts.not_nfc;
-      if (options_.nfc) compose(composed = row.value);
-    }
-    TrainingRow read = read_row(composed.is_null() ? row.value : composed, options_.format);
+    ordered_json room;
+    TrainingRow read =
+        read_row(composed_row(row.value, options_.nfc, room, into.counts), options_.format);
     switch (read.kind) {
       case TrainingRow::Kind::text:
         return add_segments({read.text, {}}, {{{read.text.size(), Learnt::answer}}}, row.line,

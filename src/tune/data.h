@@ -76,6 +76,11 @@ struct Dataset {
   uint64_t trained_tokens() const;
 };
 
+// `row` as it is learnt: with `nfc` in composed form, kept in `room` where it was not. `counts` has
+// the rows that were not.
+const nlohmann::ordered_json& composed_row(const nlohmann::ordered_json& row, bool nfc,
+                                           nlohmann::ordered_json& room, DataCounts& counts);
+
 // By id: whether it ends an answer.
 std::vector<bool> stops_of(const ModelFiles& files);
 

@@ -60,7 +60,10 @@ LoadedExamples load(Pool& pool, const LoadExamples& request, TrainingRow::Kind k
       into.problems.push_back({row.line, std::move(field), std::move(what)});
     };
     try {
-      const TrainingRow read = read_row(row.value, request.sources[source].format);
+      Json room;
+      const TrainingRow read =
+          read_row(composed_row(row.value, request.rows.nfc, room, into.counts),
+                   request.sources[source].format);
       if (read.kind != kind) throw UnusableRow{"row", shape};
       add(read, row.line, into);
     } catch (const UnusableRow& unusable) {

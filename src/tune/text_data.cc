@@ -73,12 +73,13 @@ const std::vector<RowProblem>& SourceReader::problems() const {
 
 void add_text(const ModelFiles& files, const DataOptions& options, const Row& row, Dataset& into) {
   ++into.counts.rows;
-  const auto text = row.value.find("text");
-  if (text != row.value.end() && text->is_string())
+  nlohmann::ordered_json room;
+  const auto& value = composed_row(row.value, options.nfc, room, into.counts);
+  const auto text = value.find("text");
+  if (text != value.end() && text->is_string())
     return add_document(files, options, text->get_ref<const std::string&>(), row.line, into);
   ++into.counts.bad;
-  into.problems.push_back(
-      {row.line, "text", text == row.value.end() ? "is missing" : "is not a text"});
+  into.problems.push_back({row.line, "text", text == value.end() ? "is missing" : "is not a text"});
 }
 
 }  // namespace moru

@@ -102,32 +102,6 @@ std::string fingerprint_of(const TuneOptions& o, const std::filesystem::path& ha
   return sha256(j.dump());
 }
 
-void check(const TuneOptions& o) {
-  const auto refuse = [](const char* where, const char* what) {
-    throw Error(ErrorKind::usage, {.where = where, .what = what, .cure = "see moru tune --help"});
-  };
-  if (o.data.empty()) refuse("data", "no rows are given");
-  if (o.epochs == 0 && o.max_steps == 0) refuse("--epochs", "must be at least 1");
-  if (o.batch_size == 0 && o.batch_tokens == 0) refuse("--batch-size", "must be at least 1");
-  if (o.rows.max_length < 2) refuse("--max-length", "must be at least 2");
-  if (!(o.lr > 0)) refuse("--lr", "must be above 0");
-  if (!(o.val_fraction >= 0 && o.val_fraction < 1)) refuse("--val-fraction", "must be in [0, 1)");
-  if (!(o.warmup_ratio >= 0 && o.warmup_ratio <= 1)) refuse("--warmup-ratio", "must be in [0, 1]");
-  if (o.lora.rank == 0 || o.lora.rank > 1024) refuse("--lora-r", "must be in [1, 1024]");
-  if (!(o.lora.alpha > 0)) refuse("--lora-alpha", "must be above 0");
-  if (!(o.adamw.weight_decay >= 0)) refuse("--weight-decay", "must be at least 0");
-  if (!(o.max_grad_norm >= 0)) refuse("--max-grad-norm", "must be at least 0");
-  if (!(o.min_lr_ratio >= 0 && o.min_lr_ratio <= 1)) refuse("--min-lr-ratio", "must be in [0, 1]");
-  if (o.micro_batch_tokens == 0) refuse("--micro-batch-tokens", "must be at least 1");
-  if (!(o.learnt.lora_plus_ratio > 0)) refuse("--loraplus-lr-ratio", "must be above 0");
-  if (o.learnt.full && !o.adapter.empty())
-    refuse("--adapter", "full fine-tuning learns no adapter; merge it first");
-  if (!(o.neftune_alpha >= 0)) refuse("--neftune-noise-alpha", "must be at least 0");
-  if (!(o.max_z_score >= 0)) refuse("--max-z-score", "must be at least 0");
-  check(o.preference);
-  if (o.precision == Profile::exact) refuse("--precision", "training computes in bf16 or f32");
-}
-
 // Rows of one step: [cursor, end) of the epoch's order.
 size_t step_end(const TuneOptions& o, const Objective& objective, const Permutation& order,
                 size_t cursor) {
@@ -375,7 +349,7 @@ class Run {
                                          .what = "no example is left to learn",
                                          .cure = "give more rows, or a larger share of them"});
     tell({.kind = TuneEvent::Kind::data, .text = describe(*objective_)});
-    const bool packed = o_.keep_quantized && is_quantized(files);
+    const bool packed = o_.keep_quantized;
     refuse_large(files, packed);
     // Positions are those of the longest row, which for a pair is shorter than its tokens.
     model_ = load_model(
@@ -400,11 +374,6 @@ class Run {
   }
 
   DType type() const { return o_.precision == Profile::f32 ? DType::f32 : DType::bf16; }
-
-  static bool is_quantized(const ModelFiles& files) {
-    return std::any_of(files.tensors.begin(), files.tensors.end(),
-                       [](const Tensor& t) { return moru::is_quantized(t.type); });
-  }
 
   void plan() {
     capacity_ = batch_capacity(o_, *objective_);
@@ -788,6 +757,35 @@ void check_same(Ranks& ranks, const std::string& fingerprint) {
 }
 
 }  // namespace
+
+void check(const TuneOptions& o) {
+  const auto refuse = [](const char* where, const char* what) {
+    throw Error(ErrorKind::usage, {.where = where, .what = what, .cure = "see moru tune --help"});
+  };
+  if (o.data.empty()) refuse("data", "no rows are given");
+  if (o.epochs == 0 && o.max_steps == 0) refuse("--epochs", "must be at least 1");
+  if (o.batch_size == 0 && o.batch_tokens == 0) refuse("--batch-size", "must be at least 1");
+  if (o.rows.max_length < 2) refuse("--max-length", "must be at least 2");
+  if (!(o.lr > 0)) refuse("--lr", "must be above 0");
+  if (!(o.val_fraction >= 0 && o.val_fraction < 1)) refuse("--val-fraction", "must be in [0, 1)");
+  if (!(o.warmup_ratio >= 0 && o.warmup_ratio <= 1)) refuse("--warmup-ratio", "must be in [0, 1]");
+  if (o.lora.rank == 0 || o.lora.rank > 1024) refuse("--lora-r", "must be in [1, 1024]");
+  if (!(o.lora.alpha > 0)) refuse("--lora-alpha", "must be above 0");
+  if (!(o.adamw.weight_decay >= 0)) refuse("--weight-decay", "must be at least 0");
+  if (!(o.max_grad_norm >= 0)) refuse("--max-grad-norm", "must be at least 0");
+  if (!(o.min_lr_ratio >= 0 && o.min_lr_ratio <= 1)) refuse("--min-lr-ratio", "must be in [0, 1]");
+  if (o.micro_batch_tokens == 0) refuse("--micro-batch-tokens", "must be at least 1");
+  if (!(o.learnt.lora_plus_ratio > 0)) refuse("--loraplus-lr-ratio", "must be above 0");
+  if (o.learnt.full && !o.adapter.empty())
+    refuse("--adapter", "full fine-tuning learns no adapter; merge it first");
+  if (!(o.neftune_alpha >= 0)) refuse("--neftune-noise-alpha", "must be at least 0");
+  if (!(o.max_z_score >= 0)) refuse("--max-z-score", "must be at least 0");
+  check(o.preference);
+  if (o.precision == Profile::exact) refuse("--precision", "training computes in bf16 or f32");
+  if (o.learnt.full && o.keep_quantized)
+    refuse("--preset qlora", "keeps weights packed, and --full learns them");
+  if (o.keep_quantized) refuse_unquantized(open_model(o.model), "--qlora, --preset qlora");
+}
 
 TuneResult tune(const TuneOptions& o, const TuneProgress& progress) {
   OneRank one;

@@ -107,6 +107,10 @@ struct TuneResult {
   DataCounts counts;
 };
 
+// Refuses options that cannot be meant, alone or of this model: before any work. Errors: usage;
+// those of the model.
+void check(const TuneOptions& options);
+
 // Runs to the end, going on from a checkpoint in `out` where there is one.
 // Errors: those of the model and the data; usage (the checkpoint is of another run); no_space (the
 // plan does not fit); interrupted (SIGINT or SIGTERM: saved); bad_input (a loss is no number,

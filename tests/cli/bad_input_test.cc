@@ -171,6 +171,103 @@ TEST_CASE("bad input gets one line with file, field and cure, and a code that is
        {"improve", model.string(), "-q", questions.string(), "-o", out, "--dpo-lr", "1"},
        64,
        {"--dpo-lr", "--method"}},
+      {"an adapter to go on from, and the rank of a new one",
+       {"tune", model.string(), pairs.string(), "--adapter", out, "--lora-r", "4"},
+       64,
+       {"--lora-r", "--adapter"}},
+      {"DoRA of an adapter that is there",
+       {"tune", model.string(), pairs.string(), "--adapter", out, "--use-dora"},
+       64,
+       {"--use-dora", "--adapter"}},
+      {"a template of raw text",
+       {"tune", "--method", "text", model.string(), pairs.string(), "--template", "{completion}"},
+       64,
+       {"--template", "--method text"}},
+      {"a system message of raw text",
+       {"tune", "--method", "text", model.string(), pairs.string(), "--system", "x"},
+       64,
+       {"--system", "--method text"}},
+      {"which part of a text stays, all of which does",
+       {"tune", "--method", "text", model.string(), pairs.string(), "--truncation-mode",
+        "keep_end"},
+       64,
+       {"--truncation-mode", "--method text"}},
+      {"the columns of pairs",
+       {"tune", "--method", "dpo", model.string(), pairs.string(), "--prompt-column", "a",
+        "--completion-column", "b"},
+       64,
+       {"--prompt-column", "--dataset-info"}},
+      {"patience without validation",
+       {"tune", model.string(), pairs.string(), "--val-fraction", "0", "--patience", "2"},
+       64,
+       {"--patience", "--val-fraction"}},
+      {"validations of no rows",
+       {"tune", model.string(), pairs.string(), "--val-fraction", "0", "--eval-steps", "2"},
+       64,
+       {"--eval-steps", "--val-fraction"}},
+      {"passes and steps",
+       {"tune", model.string(), pairs.string(), "--epochs", "2", "--max-steps", "2"},
+       64,
+       {"--epochs", "--max-steps"}},
+      {"data sets that nothing names",
+       {"tune", model.string(), pairs.string(), "--dataset-info", pairs.string()},
+       64,
+       {"--dataset-info", "data are files"}},
+      {"what was found where nothing is learnt",
+       {"tune", model.string(), pairs.string(), "--check", "1", "--json"},
+       64,
+       {"--json", "--check"}},
+      {"options that cannot be, where nothing is learnt",
+       {"tune", model.string(), pairs.string(), "--check", "1", "--lr", "0"},
+       64,
+       {"--lr", "above 0"}},
+      {"packed weights that are all learnt",
+       {"tune", "--preset", "qlora", model.string(), pairs.string(), "--full"},
+       64,
+       {"--preset qlora", "--full"}},
+      {"importances of types that have no blocks",
+       {"lighten", model.string(), "-o", out, "--type", "F16", "--calibrate", pairs.string()},
+       64,
+       {"--calibrate", "--type F16"}},
+      {"a text to calibrate on, likewise",
+       {"lighten", model.string(), "-o", out, "--type", "bf16", "--calibrate-text", text.string()},
+       64,
+       {"--calibrate-text", "--type BF16"}},
+      {"answers to questions of a gate without any",
+       {"gate", model.string(), model.string(), "--limit", "2"},
+       64,
+       {"--limit", "--questions"}},
+      {"pairs that nothing learns from",
+       {"improve", model.string(), "-q", questions.string(), "-o", out, "--rejected-filter",
+        "logp-below-mean"},
+       64,
+       {"--rejected-filter", "dpo"}},
+      {"passes and steps of an iteration",
+       {"improve", model.string(), "-q", questions.string(), "-o", out, "--epochs", "2",
+        "--max-steps", "2"},
+       64,
+       {"--epochs", "--max-steps"}},
+      {"a likeliest set that nothing is sampled from",
+       {"pairs", model.string(), "-q", questions.string(), "-o", out, "--temperature", "0",
+        "--top-p", "0.9"},
+       64,
+       {"--top-p", "--temperature 0"}},
+      {"likewise of one answer",
+       {"run", model.string(), "--raw", "-p", "x", "--top-k", "5"},
+       64,
+       {"--top-k", "--temperature 0"}},
+      {"how steeply nothing grows",
+       {"run", model.string(), "--raw", "-p", "x", "--dry-base", "2"},
+       64,
+       {"--dry-base", "--dry-multiplier"}},
+      {"a model's flags without a model",
+       {"bench", "--machine", "--kv-type", "f16"},
+       64,
+       {"--kv-type", "--machine"}},
+      {"answers together, of which there are none",
+       {"bench", model.string(), "-n", "0", "--batch", "4"},
+       64,
+       {"--batch", "--new-tokens 0"}},
       {"no token to answer with",
        {"prove", model.string(), "-q", questions.string(), "--max-tokens", "0"},
        64,
@@ -201,6 +298,59 @@ TEST_CASE("bad input gets one line with file, field and cure, and a code that is
     for (const std::string& word : item.says) CHECK(ended.output.find(word) != std::string::npos);
   }
   CHECK_FALSE(std::filesystem::exists(out));
+}
+
+TEST_CASE("what is about quantized weights is refused of a model that has none") {
+  const TempDir folder;
+  const auto quantized = folder.path() / "q8.gguf", plain = folder.path() / "plain.gguf";
+  write_tiny_model(quantized);
+  write_tiny_model(plain, {.type = DType::bf16});
+  const std::string path = plain.string(), out = (folder.path() / "out").string();
+  const std::string rows =
+      folder.file("rows.jsonl", "{\"prompt\": \"a\", \"completion\": \"b\", \"answer\": \"b\"}\n")
+          .string();
+  using Words = std::vector<std::string>;
+  std::vector<std::pair<std::string, Words>> cases;
+  for (const char* flag : {"--activations int8", "--precision exact"}) {
+    const std::string text = flag;
+    const size_t space = text.find(' ');
+    for (Words words :
+         {Words{"run", path, "--raw", "-p", "x"}, Words{"serve", path, "--port", "0"},
+          Words{"prove", path, "-q", rows}, Words{"prove", path, "--text", rows},
+          Words{"gate", path, path}, Words{"pairs", path, "-q", rows, "-o", out},
+          Words{"lighten", path, "-o", out, "--calibrate", rows}, Words{"bench", path}}) {
+      words.insert(words.end(), {text.substr(0, space), text.substr(space + 1)});
+      cases.emplace_back(text, words);
+    }
+  }
+  cases.insert(cases.end(),
+               {{"--qlora", {"tune", path, rows, "-o", out, "--qlora"}},
+                {"--qlora", {"tune", path, rows, "-o", out, "--qlora", "--check", "1"}},
+                {"--preset qlora", {"tune", "--preset", "qlora", path, rows, "-o", out}},
+                {"--reference-precision exact",
+                 {"prove", quantized.string(), "--text", rows, "--reference", path,
+                  "--reference-precision", "exact"}}});
+  for (const auto& [flag, words] : cases) {
+    const std::string command = fmt::format("{}", fmt::join(words, " "));
+    CAPTURE(command);
+    const Ended ended = run_program(words);
+    CAPTURE(ended.output);
+    CHECK(ended.code == 64);
+    CHECK(ended.output.starts_with("moru: "));
+    CHECK(lines_of(ended.output) == 1);
+    for (const std::string& part : {flag, path, std::string("leave it out")})
+      CHECK(ended.output.find(part) != std::string::npos);
+  }
+  CHECK_FALSE(std::filesystem::exists(out));
+  // Of two models one may have none: the flag is for the other.
+  const std::string none = (folder.path() / "none.jsonl").string();
+  for (const Words& models : {Words{path, quantized.string()}, Words{quantized.string(), path}}) {
+    const Ended ended =
+        run_program({"gate", models[0], models[1], "--activations", "int8", "-q", none});
+    CAPTURE(ended.output);
+    CHECK(ended.code == 66);
+    CHECK(ended.output.find("none.jsonl") != std::string::npos);
+  }
 }
 
 TEST_CASE("no flag takes an empty value, and those of numbers take finite ones alone") {

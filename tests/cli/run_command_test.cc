@@ -155,6 +155,9 @@ TEST_CASE("a number that a flag cannot be is refused in a line that names it") {
     CAPTURE(wrong[0]);
     Words words = {"run", m.free, "--raw", "-p", "x"};
     words.insert(words.end(), wrong.begin(), wrong.end());
+    // What the others are about.
+    if (wrong[0] != "--temperature") words.insert(words.end(), {"--temperature", "1"});
+    if (wrong[0] != "--dry-multiplier") words.insert(words.end(), {"--dry-multiplier", "1"});
     const Ended ended = run_program(words);
     CAPTURE(ended.output);
     CHECK(ended.code == (wrong[0] == "--regex" ? 65 : 64));

@@ -342,8 +342,7 @@ TEST_CASE("every method's reader takes BOM and CRLF, and names file, line and fi
                 [](LoadExamples r) {
                   r.raw_text = true;
                   return load(r).examples.size();
-                }) ==
-        "text");
+                }) == "text");
   CHECK(refused("dpo",
                 file("dpo.jsonl", R"({"prompt": "p", "chosen": "a", "rejected": "b"})",
                      "{\"prompt\": \"p\", \"chosen\": \"a\", \"rejected\": \"\xFF\"}",
@@ -425,6 +424,28 @@ TEST_CASE("decomposed Korean is counted, and composed only where that is asked")
   CHECK(text_of(as_is.examples[0]).find("\u1112\u1161\u11AB") != std::string::npos);
   const LoadedExamples composed = load({.sources = {{.path = file}}, .rows = {.nfc = true}});
   CHECK(text_of(composed.examples[0]).find("한") != std::string::npos);
+
+  // Whatever the rows are.
+  const auto pairs = dir.file("pairs.jsonl",
+                              "{\"prompt\": \"q\", \"chosen\": \"\u1112\u1161\u11AB\", "
+                              "\"rejected\": \"no\"}\n");
+  const auto labelled = dir.file("labelled.jsonl",
+                                 "{\"prompt\": \"q\", \"completion\": "
+                                 "\"\u1112\u1161\u11AB\", \"label\": true}\n");
+  const auto raw = dir.file("raw.jsonl", "{\"text\": \"\u1112\u1161\u11AB\"}\n");
+  for (const bool nfc : {false, true}) {
+    const auto request = [&](const std::filesystem::path& path) {
+      return LoadExamples{.sources = {{.path = path}}, .rows = {.nfc = nfc}};
+    };
+    LoadExamples text = request(raw);
+    text.raw_text = true;
+    for (const LoadedExamples& found :
+         {pairs_of(request(pairs)), labelled_of(request(labelled)), load(text)}) {
+      CAPTURE(nfc);
+      CHECK(found.counts.not_nfc == 1);
+      CHECK((text_of(found.examples[0]).find("한") != std::string::npos) == nfc);
+    }
+  }
 }
 
 TEST_CASE(
