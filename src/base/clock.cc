@@ -30,7 +30,8 @@ std::string format_duration(double seconds) {
   const auto s = static_cast<long>(std::llround(std::clamp(seconds, 0.0, 1e9)));
   if (s < 60) return fmt::format("{} s", s);
   if (s < 3600) return fmt::format("{} min {:02} s", s / 60, s % 60);
-  return fmt::format("{} h {:02} min", s / 3600, s % 3600 / 60);
+  if (s < 24 * 3600) return fmt::format("{} h {:02} min", s / 3600, s % 3600 / 60);
+  return fmt::format("{} d {} h", s / (24 * 3600), s % (24 * 3600) / 3600);
 }
 
 std::string utc_now() {

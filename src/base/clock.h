@@ -33,7 +33,7 @@ class MachineTime {
   Stopwatch wall_;
 };
 
-// "4 s", "3 min 20 s", "2 h 05 min".
+// "4 s", "3 min 20 s", "2 h 05 min", "85 d 7 h".
 std::string format_duration(double seconds);
 // "2026-01-31T09:30:00Z", now.
 std::string utc_now();

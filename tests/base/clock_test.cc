@@ -40,4 +40,7 @@ TEST_CASE("durations are words that people use") {
   CHECK(format_duration(4.4) == "4 s");
   CHECK(format_duration(200) == "3 min 20 s");
   CHECK(format_duration(2 * 3600 + 5 * 60) == "2 h 05 min");
+  CHECK(format_duration(24 * 3600 - 60) == "23 h 59 min");
+  CHECK(format_duration(24 * 3600) == "1 d 0 h");
+  CHECK(format_duration(2047 * 3600 + 25 * 60) == "85 d 7 h");
 }
