@@ -32,7 +32,8 @@ struct TuneFlags {
   std::string dataset_info, normalize;
   std::string model, out = "tuned", validation, adapter;
   std::string loss_type, anchor_over = "completion";
-  std::string target_modules = "all-linear", layers, schedule = "cosine", precision = "bf16";
+  std::string target_modules = "all-linear", layers, schedule = "cosine", schedule_kwargs,
+              precision = "bf16";
   std::string recompute = "auto", truncation = "keep_start", merge, merge_type = "bf16";
   std::optional<size_t> check;
   bool json = false;
@@ -107,7 +108,8 @@ TuneOptions options_of(const TuneFlags& flags) {
       flags.truncation == "keep_end" ? Truncation::keep_end : Truncation::keep_start;
   o.lora.targets = parse_target_modules(flags.target_modules);
   o.lora.layers = parse_layers(flags.layers);
-  o.schedule = parse_schedule(flags.schedule);
+  o.schedule.kind = parse_schedule(flags.schedule);
+  if (!flags.schedule_kwargs.empty()) take_schedule_kwargs(flags.schedule_kwargs, o.schedule);
   o.precision = flags.precision == "f32" ? Profile::f32 : Profile::bf16;
   if (flags.recompute == "none") o.recompute = Recompute::none;
   if (flags.recompute == "light") o.recompute = Recompute::light;
@@ -139,7 +141,7 @@ void refuse_idle_flags(const CLI::App& cmd, const TuneFlags& flags, const TuneOp
        {"--lora-r", "--lora-alpha", "--use-rslora", "--use-dora", "--target-modules",
         "--layers-to-transform"},
        "is about a new adapter, and that of --adapter is what it is"},
-      {o.schedule != Schedule::cosine_with_min_lr,
+      {o.schedule.kind != Schedule::cosine_with_min_lr,
        {"--min-lr-ratio"},
        "is about --lr-scheduler-type cosine_with_min_lr"},
       {o.method != Method::sft,
@@ -378,10 +380,12 @@ void add_tune(CLI::App& app) {
   cmd->add_option("--neftune-noise-alpha", o.neftune_alpha,
                   "noise on the embeddings of what is learnt: 5 is usual");
   cmd->add_option("--lr,--learning-rate", o.lr, "peak learning rate")->capture_default_str();
-  cmd->add_option("--lr-scheduler-type", flags->schedule,
-                  "constant, linear, cosine or cosine_with_min_lr")
+  cmd->add_option("--lr-scheduler-type", flags->schedule, names_of_schedules())
       ->capture_default_str();
-  cmd->add_option("--min-lr-ratio", o.min_lr_ratio, "of cosine_with_min_lr")->capture_default_str();
+  cmd->add_option("--min-lr-ratio", o.schedule.min_ratio, "of cosine_with_min_lr")
+      ->capture_default_str();
+  cmd->add_option("--lr-scheduler-kwargs", flags->schedule_kwargs,
+                  "options of others, as transformers names them: {\"num_decay_steps\": 20}");
   cmd->add_option("--warmup-ratio", o.warmup_ratio, "share of the steps")->capture_default_str();
   cmd->add_option("--weight-decay", o.adamw.weight_decay, "of AdamW")->capture_default_str();
   cmd->add_option("--max-grad-norm", o.max_grad_norm, "0: no clipping")->capture_default_str();

@@ -3,7 +3,9 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -45,17 +47,47 @@ double global_norm(Pool& pool, std::span<const float> g);
 // What clip_grad_norm_ multiplies by: min(1, max_norm / (norm + 1e-6)); max_norm 0 does not clip.
 double clip_scale(double norm, double max_norm);
 
-enum class Schedule { constant, linear, cosine, cosine_with_min_lr };
+enum class Schedule {
+  constant,
+  linear,
+  cosine,
+  cosine_with_min_lr,
+  cosine_with_restarts,
+  polynomial,
+  inverse_sqrt,
+  warmup_stable_decay,
+};
+// The ways of warmup_stable_decay up to its peak and down again.
+enum class Ramp { linear, cosine, one_minus_sqrt };
+
+// What transformers calls lr_scheduler_kwargs stands below the first line, under its names and with
+// its defaults.
 struct ScheduleOptions {
   Schedule kind = Schedule::cosine;
-  uint64_t warmup = 0, total = 1;  // steps
-  double min_ratio = 0.1;          // of cosine_with_min_lr: its end over its peak
+  uint64_t warmup = 0, total = 1;   // steps
+  double lr = 1;                    // the peak, over which polynomial's lr_end is
+  double min_ratio = 0.1;           // of cosine_with_min_lr: its end over its peak
+  double num_cycles = 1;            // of cosine_with_restarts
+  double lr_end = 1e-7, power = 1;  // of polynomial
+  double timescale = 0;             // of inverse_sqrt, in steps; 0: the warm-up, or 10,000
+  // Of warmup_stable_decay, in steps; without num_stable_steps what warm-up and decay leave.
+  std::optional<double> num_stable_steps, num_decay_steps;
+  Ramp warmup_type = Ramp::linear, decay_type = Ramp::cosine;
+  double min_lr_ratio = 0;  // what it begins and ends with
 };
 // The factor on the learning rate at `step`, from 0: step / warmup first, so the very first step of
 // a warm-up moves nothing, as in transformers; then the schedule's own curve.
 double schedule_factor(const ScheduleOptions& options, uint64_t step);
-// "constant" (or "constant_with_warmup"), "linear", "cosine", "cosine_with_min_lr". Error: usage.
+// Under transformers' names; "constant" is also "constant_with_warmup". Error: usage.
 Schedule parse_schedule(std::string_view name);
 std::string_view name_of(Schedule schedule);
+std::string names_of_schedules();  // "constant, linear, …"
+// Takes over what a JSON object says of options.kind under transformers' names, {"power": 2}. Error
+// usage: it is none, or the schedule has no such option or no such value of it.
+void take_schedule_kwargs(std::string_view json, ScheduleOptions& options);
+// All that it would take of this schedule, as JSON; empty if there is nothing.
+std::string schedule_kwargs(const ScheduleOptions& options);
+// Error usage: what the schedule lacks, or a peak that is not above its end.
+void check(const ScheduleOptions& options);
 
 }  // namespace moru

@@ -10,7 +10,7 @@ namespace {
 void apply_rhea(TuneOptions& o) {
   o.lora.rank = 8;
   o.lora.alpha = 16;
-  o.schedule = Schedule::cosine;
+  o.schedule.kind = Schedule::cosine;
   o.warmup_ratio = 0;
   o.rows.plain_template = "### User:\n{prompt}\n### Assistant:\n{completion}";
   o.rows.max_length = 1024;

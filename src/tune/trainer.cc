@@ -63,6 +63,13 @@ size_t resident_bytes() {
 // In the folder of a rank's own files: hashes of what it reads.
 constexpr const char* kHashes = "hashes.txt";
 
+// Of the run's peak.
+ScheduleOptions schedule_of(const TuneOptions& o) {
+  ScheduleOptions schedule = o.schedule;
+  schedule.lr = o.lr;
+  return schedule;
+}
+
 // What decides the bits of the result. Threads, memory and logging do not.
 std::string fingerprint_of(const TuneOptions& o, const std::filesystem::path& hashes) {
   ordered_json j = {
@@ -79,7 +86,8 @@ std::string fingerprint_of(const TuneOptions& o, const std::filesystem::path& ha
       {"lora", {o.lora.rank, o.lora.alpha, o.lora.rank_stabilised, o.lora.dora}},
       {"targets", ordered_json::array()},
       {"adamw", {o.adamw.beta1, o.adamw.beta2, o.adamw.eps, o.adamw.weight_decay}},
-      {"lr", {o.lr, name_of(o.schedule), o.min_lr_ratio, o.warmup_ratio, o.max_grad_norm}},
+      {"lr",
+       {o.lr, name_of(o.schedule.kind), o.schedule.min_ratio, o.warmup_ratio, o.max_grad_norm}},
       {"steps", {o.epochs, o.max_steps, o.batch_size, o.batch_tokens, o.micro_batch_tokens}},
       {"validate", {o.val_fraction, o.eval_steps, o.patience}},
       {"seed", o.seed},
@@ -95,6 +103,8 @@ std::string fingerprint_of(const TuneOptions& o, const std::filesystem::path& ha
       {"layers", o.lora.layers},
       {"neftune", o.neftune_alpha},
       {"max_z_score", o.max_z_score}};
+  // Beside those of the first schedules, so that checkpoints of before go on.
+  if (const std::string own = schedule_kwargs(o.schedule); !own.empty()) j["schedule"] = own;
   for (const DataSource& s : o.data)
     j["data"].push_back({remembered_sha256(s.path, hashes), to_json(s.format), s.weight, s.num_samples});
   j["rows"] = {o.rows.nfc, o.deduplicate};
@@ -395,11 +405,10 @@ class Run {
     training_.emplace(pool_, *model_, lora_, options);
     adamw_.emplace(lora_.values.size(), o_.adamw);
     groups_ = parameter_groups(lora_, o_.learnt);
-    schedule_ = {
-        .kind = o_.schedule,
-        .warmup = static_cast<uint64_t>(std::ceil(o_.warmup_ratio * static_cast<double>(steps_))),
-        .total = steps_,
-        .min_ratio = o_.min_lr_ratio};
+    schedule_ = schedule_of(o_);
+    schedule_.warmup =
+        static_cast<uint64_t>(std::ceil(o_.warmup_ratio * static_cast<double>(steps_)));
+    schedule_.total = steps_;
   }
 
   // Where the run stands. The reference is the model as it is before the first step.
@@ -773,7 +782,9 @@ void check(const TuneOptions& o) {
   if (!(o.lora.alpha > 0)) refuse("--lora-alpha", "must be above 0");
   if (!(o.adamw.weight_decay >= 0)) refuse("--weight-decay", "must be at least 0");
   if (!(o.max_grad_norm >= 0)) refuse("--max-grad-norm", "must be at least 0");
-  if (!(o.min_lr_ratio >= 0 && o.min_lr_ratio <= 1)) refuse("--min-lr-ratio", "must be in [0, 1]");
+  if (!(o.schedule.min_ratio >= 0 && o.schedule.min_ratio <= 1))
+    refuse("--min-lr-ratio", "must be in [0, 1]");
+  check(schedule_of(o));
   if (o.micro_batch_tokens == 0) refuse("--micro-batch-tokens", "must be at least 1");
   if (!(o.learnt.lora_plus_ratio > 0)) refuse("--loraplus-lr-ratio", "must be above 0");
   if (o.learnt.full && !o.adapter.empty())

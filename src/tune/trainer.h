@@ -49,8 +49,7 @@ struct TuneOptions {
   AdapterOptions lora;
   AdamWOptions adamw;
   double lr = 2e-4;
-  Schedule schedule = Schedule::cosine;
-  double min_lr_ratio = 0.1;
+  ScheduleOptions schedule;  // but its warm-up, total and peak, which the run gives it
   double warmup_ratio = 0.03;
   double max_grad_norm = 1;
   double neftune_alpha = 0;  // noise on embeddings while they are learnt from (EmbeddingNoise)

@@ -115,7 +115,7 @@ TEST_CASE("fifty steps of DPO, IPO and RPO are TRL's") {
     o.batch_size = 8;
     o.max_steps = 50;
     o.lr = golden["lr"];
-    o.schedule = Schedule::constant;
+    o.schedule.kind = Schedule::constant;
     o.warmup_ratio = 0;
     o.max_z_score = 0;
     const std::vector<TuneEvent> found = steps_of(o);

@@ -3,6 +3,9 @@
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <string>
+#include <tuple>
+#include <vector>
 
 #include "base/files.h"
 #include "support.h"
@@ -12,8 +15,8 @@ using namespace moru;
 namespace {
 
 // What torch and transformers compute (tests/parity/tune/make_golden.py).
-nlohmann::json golden() {
-  return nlohmann::json::parse(read_file(MORU_SOURCE_DIR "/tests/golden/tune/optimizer.json"));
+nlohmann::json golden(const std::string& name) {
+  return nlohmann::json::parse(read_file(MORU_SOURCE_DIR "/tests/golden/tune/" + name + ".json"));
 }
 
 }  // namespace
@@ -29,7 +32,7 @@ TEST_CASE("100 steps of AdamW are torch's") {
           static_cast<float>(std::sin(0.1 * t * (i + 1)) * std::pow(10.0, i % 4 - 2));
     adamw.step(pool, p, g, 1e-2);
   }
-  const auto expected = golden()["adamw"];
+  const auto expected = golden("optimizer")["adamw"];
   for (size_t i = 0; i < p.size(); ++i)
     CHECK(p[i] == doctest::Approx(expected[i].get<double>()).epsilon(1e-6));
 }
@@ -63,16 +66,67 @@ TEST_CASE("scaling the gradient in the step is scaling it before") {
   CHECK(p == q);
 }
 
-TEST_CASE("schedules are transformers' at every step") {
-  for (const auto& [name, curve] : golden()["schedules"].items()) {
+TEST_CASE("schedules are transformers' at every step and beyond the last") {
+  for (const auto& curve : golden("schedules")) {
+    const std::string name = curve["name"], kwargs = curve["kwargs"].dump();
     CAPTURE(name);
-    const ScheduleOptions options{
-        .kind = parse_schedule(name), .warmup = 7, .total = 100, .min_ratio = 0.1};
-    for (uint64_t step = 0; step < 100; ++step)
-      CHECK(schedule_factor(options, step) ==
-            doctest::Approx(curve[step].get<double>()).epsilon(1e-12));
+    CAPTURE(kwargs);
+    ScheduleOptions options{
+        .kind = parse_schedule(name), .warmup = curve["warmup"], .total = 100, .lr = 2e-3};
+    if (options.kind == Schedule::cosine_with_min_lr)
+      options.min_ratio = curve["kwargs"]["min_lr_rate"];
+    else
+      take_schedule_kwargs(kwargs, options);
+    check(options);
+    for (uint64_t step = 0; step < 110; ++step) {
+      CAPTURE(step);
+      const double expected = curve["factors"][step];
+      // Where a factor is nothing, what cosines leave of it is.
+      CHECK(std::abs(schedule_factor(options, step) - expected) <= 1e-12 * expected + 1e-18);
+    }
   }
+}
+
+TEST_CASE("a schedule takes its own options alone, and no others of them") {
   CHECK(error_from([] { parse_schedule("wavy"); }).kind() == ErrorKind::usage);
+  const auto problem = [](Schedule kind, const std::string& kwargs) {
+    return error_from([&] {
+      ScheduleOptions options{.kind = kind, .total = 100, .lr = 2e-3};
+      take_schedule_kwargs(kwargs, options);
+      check(options);
+    });
+  };
+  using S = Schedule;
+  const std::vector<std::tuple<Schedule, std::string, std::string>> cases = {
+      {S::cosine, R"({"num_cycles": 2})", "num_cycles"},
+      {S::polynomial, R"({"decay_type": "linear"})", "lr_end, power"},
+      {S::polynomial, R"({"lr_end": 0.002})", "lr_end"},
+      {S::polynomial, R"({"power": "two"})", "power"},
+      {S::polynomial, "power=2", "JSON"},
+      {S::inverse_sqrt, R"({"timescale": 0})", "timescale"},
+      {S::cosine_with_restarts, R"({"num_cycles": -1})", "num_cycles"},
+      {S::warmup_stable_decay, "{}", "num_decay_steps"},
+      {S::warmup_stable_decay, R"({"num_decay_steps": 2, "decay_type": "1-square"})", "decay_type"},
+      {S::warmup_stable_decay, R"({"num_decay_steps": 2, "min_lr_ratio": 2})", "min_lr_ratio"}};
+  for (const auto& [kind, kwargs, says] : cases) {
+    CAPTURE(kwargs);
+    const Error found = problem(kind, kwargs);
+    CHECK(found.kind() == ErrorKind::usage);
+    CHECK(std::string(found.what()).find(says) != std::string::npos);
+  }
+}
+
+TEST_CASE(
+    "what a schedule was given tells its runs apart, and the first ones have nothing to tell") {
+  ScheduleOptions a{.kind = Schedule::warmup_stable_decay};
+  a.num_decay_steps = 20;
+  ScheduleOptions b = a;
+  CHECK(schedule_kwargs(a) == schedule_kwargs(b));
+  b.decay_type = Ramp::linear;
+  CHECK(schedule_kwargs(a) != schedule_kwargs(b));
+  for (const Schedule kind :
+       {Schedule::constant, Schedule::linear, Schedule::cosine, Schedule::cosine_with_min_lr})
+    CHECK(schedule_kwargs({.kind = kind}).empty());
 }
 
 TEST_CASE("the norm is the same for any number of threads and shows what is no number") {

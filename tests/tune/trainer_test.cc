@@ -256,6 +256,6 @@ TEST_CASE("flags that cannot be meant are refused before any work") {
   CHECK(refused([](TuneOptions& o) { o.lora.alpha = 0; }));
   CHECK(refused([](TuneOptions& o) { o.adamw.weight_decay = -1; }));
   CHECK(refused([](TuneOptions& o) { o.max_grad_norm = -1; }));
-  CHECK(refused([](TuneOptions& o) { o.min_lr_ratio = 2; }));
+  CHECK(refused([](TuneOptions& o) { o.schedule.min_ratio = 2; }));
   CHECK(refused([](TuneOptions& o) { o.micro_batch_tokens = 0; }));
 }

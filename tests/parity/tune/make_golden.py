@@ -2,7 +2,7 @@
 
 make_golden.py OUT [NAME...]   (torch, transformers, peft, tokenizers, safetensors)
 
-optimizer.json: torch's AdamW on fixed gradients, and transformers' schedules. Each folder is a
+optimizer.json: torch's AdamW on fixed gradients. schedules.json: transformers' schedules. Each folder is a
 Hugging Face model whose weights are bf16 values, so that every precision reads the same numbers,
 with:
   expected.safetensors   a LoRA adapter with random A and B, token ids, targets, documents' starts,
@@ -207,19 +207,36 @@ def make_optimizer(out):
         p.grad = torch.tensor([math.sin(0.1 * t * (i + 1)) * 10.0 ** (i % 4 - 2)
                                for i in range(17)], dtype=torch.float64).float()
         optimizer.step()
-    curves = {}
-    for name, kwargs in (("linear", {}), ("cosine", {}), ("constant_with_warmup", {}),
-                         ("cosine_with_min_lr", {"min_lr_rate": 0.1})):
-        o = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        s = get_scheduler(name, o, num_warmup_steps=7, num_training_steps=100,
+    (out / "optimizer.json").write_text(json.dumps({"adamw": p.tolist()}, separators=(",", ":")))
+    make_schedules(out)
+
+
+def make_schedules(out):
+    """110 steps of runs of 100: what a schedule does at its end, too."""
+    wsd = "warmup_stable_decay"
+    curves = []
+    for name, warmup, kwargs in (
+            ("linear", 7, {}), ("cosine", 7, {}), ("constant_with_warmup", 7, {}),
+            ("cosine_with_min_lr", 7, {"min_lr_rate": 0.1}),
+            ("cosine_with_restarts", 7, {}), ("cosine_with_restarts", 0, {"num_cycles": 3}),
+            ("polynomial", 7, {}), ("polynomial", 0, {"lr_end": 1e-4, "power": 2.5}),
+            ("inverse_sqrt", 7, {}), ("inverse_sqrt", 0, {}), ("inverse_sqrt", 7, {"timescale": 30}),
+            (wsd, 7, {"num_decay_steps": 20}), (wsd, 0, {"num_decay_steps": 100}),
+            (wsd, 7, {"num_decay_steps": 0}),
+            (wsd, 7, {"num_decay_steps": 95, "decay_type": "linear"}),
+            (wsd, 9, {"num_decay_steps": 30, "num_stable_steps": 40, "min_lr_ratio": 0.2,
+                      "warmup_type": "cosine", "decay_type": "1-sqrt"}),
+            (wsd, 9, {"num_decay_steps": 30, "warmup_type": "1-sqrt", "decay_type": "linear"})):
+        o = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
+        s = get_scheduler(name, o, num_warmup_steps=warmup, num_training_steps=100,
                           scheduler_specific_kwargs=kwargs)
-        curves[name] = []
-        for _ in range(100):
-            curves[name].append(s.get_last_lr()[0])
+        factors = []
+        for _ in range(110):
+            factors.append(s.lr_lambdas[0](s.last_epoch))
             o.step()
             s.step()
-    (out / "optimizer.json").write_text(json.dumps(
-        {"adamw": p.tolist(), "schedules": curves}, separators=(",", ":")))
+        curves.append({"name": name, "warmup": warmup, "kwargs": kwargs, "factors": factors})
+    (out / "schedules.json").write_text(json.dumps(curves, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":
@@ -229,6 +246,8 @@ if __name__ == "__main__":
     names = sys.argv[2:]
     if not names:
         make_optimizer(out)
+    if "schedules" in names:
+        make_schedules(out)
     for seed, (name, model) in enumerate(cases(), 1):
         if not names or name in names:
             make(out, name, model, seed)
