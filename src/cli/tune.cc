@@ -270,6 +270,8 @@ void run_tune(const CLI::App& cmd, const TuneFlags& flags) {
   }
   fmt::print("{} steps in {}, {:.0f} tokens/s, peak memory {} MB\n", r.steps,
              format_duration(r.seconds), r.tokens_per_second, r.peak_bytes / 1'000'000);
+  if (r.skipped_steps != 0)
+    fmt::print("{} of them skipped: their loss or gradient stood out\n", r.skipped_steps);
   if (r.val_loss)
     fmt::print("validation loss {:.4f} -> {:.4f} (step {})\n", r.val_loss_before.value_or(0),
                *r.val_loss, r.best_step);
