@@ -22,6 +22,8 @@ namespace {
 // Tiny models with random weights and what PEFT computes on them (tests/parity/tune).
 const std::filesystem::path kGolden = MORU_SOURCE_DIR "/tests/golden/tune";
 constexpr const char* kModels[] = {"llama", "llama_bias", "gemma3", "qwen2", "qwen3"};
+// Of width 128, where the others have 48 and 32, for what is said about precision.
+constexpr const char* kWide[] = {"llama_wide", "gemma3_wide"};
 
 Model load(Pool& pool, const char* name, Profile profile) {
   return load_model(pool, open_model(kGolden / name), {.profile = profile, .context = 64});
@@ -97,6 +99,16 @@ double relative_distance(std::span<const float> x, std::span<const float> y) {
     size += std::pow(double{y[i]}, 2);
   }
   return std::sqrt(difference / size);
+}
+
+double cosine(std::span<const float> x, std::span<const float> y) {
+  double product = 0, xx = 0, yy = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    product += double{x[i]} * double{y[i]};
+    xx += double{x[i]} * double{x[i]};
+    yy += double{y[i]} * double{y[i]};
+  }
+  return product / std::sqrt(xx * yy);
 }
 
 struct Gradients {
@@ -182,6 +194,31 @@ TEST_CASE("losses and gradients are PEFT's in f32") {
   }
 }
 
+TEST_CASE("bf16 gradients of models of width 128 are near torch's of f32, tensor by tensor") {
+  Pool pool(2);
+  for (const char* name : kWide) {
+    CAPTURE(name);
+    const SafetensorsFile file(kGolden / name / "expected.safetensors");
+    Model model = load(pool, name, Profile::bf16);
+    const Lora lora = expected_adapter(file, model.config);
+    const Gradients found = gradients_of(pool, model, lora, expected_documents(file));
+    double furthest = 0, least = 1;
+    for (size_t l = 0; l < model.config.layers; ++l)
+      for (size_t p = 0; p < kProjections; ++p) {
+        const LoraPair& pair = lora.layers[l][p];
+        const std::span<const float> all(found.values);
+        for (const auto& [half, values] : {std::pair{"A", all.subspan(pair.a, pair.rank * pair.in)},
+                                           {"B", all.subspan(pair.b, pair.rank * pair.out)}}) {
+          const std::vector<float> wanted = floats(*file.find(peft_name("gradient", l, p, half)));
+          furthest = std::max(furthest, relative_distance(values, wanted));
+          least = std::min(least, cosine(values, wanted));
+        }
+      }
+    CHECK(furthest <= 2e-2);  // llama_wide's 1.88e-2; torch's own bf16 is 2.6e-2 off
+    CHECK(least >= 0.999);
+  }
+}
+
 TEST_CASE("bf16 gradients stay near f32's") {
   Pool pool(2);
   for (const char* name : kModels) {
@@ -202,7 +239,8 @@ TEST_CASE("bf16 gradients stay near f32's") {
              {std::pair{pair.a, pair.rank * pair.in}, {pair.b, pair.rank * pair.out}})
           worst = std::max(worst, relative_distance(std::span(rounded.values).subspan(at, size),
                                                     std::span(exact.values).subspan(at, size)));
-    // The furthest tensor is one of qwen3's, 0.0201; the other models stay below 1.9e-2.
+    // The furthest tensor is one of qwen3's, 0.0201 (torch's own bf16: 0.0317); the other models
+    // stay below 1.9e-2 (torch: 0.0204 to 0.0267).
     CHECK(worst < 2.1e-2);
   }
 }

@@ -372,7 +372,7 @@ struct Trajectory {
 // The 50 steps of trajectory.json in the model's precision; `lora` learns.
 Trajectory follow(Pool& pool, Model& model, Lora& lora, const nlohmann::json& j) {
   Trajectory t;
-  LoraTraining training(pool, model, lora, {.tokens = 64});
+  LoraTraining training(pool, model, lora, {.tokens = 256});
   AdamW adamw(lora.values.size(), {.weight_decay = j["weight_decay"]});
   const auto steps = static_cast<double>(j["steps"].size());
   for (size_t step = 0; step < j["steps"].size(); ++step) {
@@ -413,8 +413,8 @@ TEST_CASE("50 steps follow PEFT's, and the merged model gives its logits") {
     CHECK(std::abs(exact.mean_loss) < 1e-5);
     CHECK(std::abs(exact.mean_grad_norm) < 1e-3);
 
-    // In bf16 beside it. TRL asks a model of 0.5 B for 1.5e-2 and a mean of 1e-3; of width 48 the
-    // furthest is gemma3 with 1.9e-2 and 2.0e-3.
+    // In bf16 beside it, at a rate that blows rounding up: gemma3 is furthest with 1.9e-2 and a
+    // mean of 2.0e-3; torch's own bf16 is up to 2.3e-2 and 1.3e-3 off (llama, llama_bias).
     Model half = load_model(pool, files, {.profile = Profile::bf16, .context = 64});
     Lora again = read_peft_adapter(kGolden / name / "start", half.config);
     const Trajectory rounded = follow(pool, half, again, j);
@@ -443,5 +443,27 @@ TEST_CASE("50 steps follow PEFT's, and the merged model gives its logits") {
       const float nll = log_sum_exp(row) - row[static_cast<size_t>(tokens[i + 1])];
       CHECK(found[i] == doctest::Approx(nll).epsilon(1e-3));
     }
+  }
+}
+
+// The bounds that TRL has for attention by another kernel. Furthest is gemma3_wide with 3.1e-3, a
+// mean of 3.3e-4, norms off by 2.7e-3 and 2e-4 of the loss afterwards; torch's own bf16 is off
+// by 2.8e-3, 4.5e-4, 1.8e-3 and 2e-4 there.
+TEST_CASE("50 steps in bf16 follow PEFT's in f32 at width 128") {
+  Pool pool(2);
+  for (const char* name : {"llama_wide", "gemma3_wide"}) {
+    CAPTURE(name);
+    const ModelFiles files = open_model(kGolden / name);
+    Model model = load_model(pool, files, {.profile = Profile::bf16, .context = 128});
+    Lora lora = read_peft_adapter(kGolden / name / "start", model.config);
+    const auto j = nlohmann::json::parse(read_file(kGolden / name / "trajectory.json"));
+    const Trajectory t = follow(pool, model, lora, j);
+    const double afterwards = std::accumulate(t.losses.begin(), t.losses.end(), 0.0) /
+                              static_cast<double>(t.losses.size());
+    CHECK(t.loss <= 1.5e-2);
+    CHECK(std::abs(t.mean_loss) <= 1e-3);
+    CHECK(t.grad_norm <= 1.5e-2);  // TRL's 5 and 0.25 are of norms between 5 and 28
+    CHECK(std::abs(t.mean_grad_norm) <= 1e-3);
+    CHECK(std::abs(afterwards / j["loss_afterwards"].get<double>() - 1) <= 1e-2);
   }
 }
