@@ -19,6 +19,7 @@ struct TinyModelOptions {
   DType type = DType::q8_0;      // of the matrices
   size_t layers = 2, width = 256, ffn_width = 512, heads = 4, kv_heads = 2, head_dim = 64;
   size_t window = 24;  // gemma3
+  size_t unused_tokens = 0;  // of the vocabulary, besides
   // Of the embedding, which is the head too: 4 makes a model that mostly says its last token again,
   // 1 one that says anything.
   float embedding_gain = 4;
@@ -108,13 +109,18 @@ inline void write_tiny_model(const std::filesystem::path& path, const TinyModelO
     tokens.push_back(control);
     types.push_back(3);
   }
+  for (size_t i = 0; i < o.unused_tokens; ++i) {
+    tokens.push_back("<unused" + std::to_string(i) + ">");
+    types.push_back(5);
+  }
   const size_t vocab = tokens.size();
   m.set("tokenizer.ggml.model", GgufScalar{std::string("gpt2")});
   m.set("tokenizer.ggml.pre", GgufScalar{std::string("gpt-2")});
   m.set("tokenizer.ggml.tokens", GgufArray(tokens));
   m.set("tokenizer.ggml.token_type", GgufArray(types));
   m.set("tokenizer.ggml.merges", GgufArray(std::vector<std::string>{"t h"}));
-  m.set("tokenizer.ggml.eos_token_id", GgufScalar{static_cast<uint32_t>(vocab - 1)});
+  m.set("tokenizer.ggml.eos_token_id",
+        GgufScalar{static_cast<uint32_t>(vocab - o.unused_tokens - 1)});
   m.set("tokenizer.ggml.add_bos_token", GgufScalar{false});
   if (!o.chat_template.empty()) m.set("tokenizer.chat_template", GgufScalar{o.chat_template});
 

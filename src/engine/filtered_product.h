@@ -4,14 +4,12 @@
 //
 // Of each row of dY the smallest elements may go, as long as their magnitudes add up to at most
 // kFilteredShare of the row's. For a softmax, whose row adds up to 2 (1 − p_target) in magnitude,
-// that is 2⁻⁹ (1 − p_target): as much as rounding every element to bf16 may cost. An element goes
-// if it may go in all of the twelve rows that are multiplied at a time, so that what is left of
-// them is
+// that is 2⁻⁹ (1 − p_target): as much as rounding every element to bf16 may cost.
 //
-//   places [n]    the columns that stay, in order      kept [12][n]   bf16
-//
-// and a pair of rows of W, read where they stand, is put together from lines that are in the cache.
-// Which elements go is a function of the twelve rows alone, and sums run in the order of columns.
+// What stays of a row is a list in the order of columns, one word an element: its value in bf16
+// above, its column within its stripe of kFilterStripe columns below. A row of dX is made from the
+// rows of W that its list names, two at a time, stripe after stripe: its bits depend on the row of
+// dY alone.
 //
 // Included by a file of one level, so integer types alone (float_kernels.h says why).
 #pragma once
@@ -21,26 +19,28 @@
 namespace moru {
 
 inline constexpr float kFilteredShare = 1.0f / 1024;
-inline constexpr size_t kFilterRows = 12;       // rows that share their columns
-inline constexpr size_t kFilterColumns = 4096;  // of dY at a time
-// Elements between kept rows: an odd number of cache lines, with room for what is asked for ahead.
-inline constexpr size_t kKeptStride = kFilterColumns + 96;
+inline constexpr size_t kFilterStripe = 1024;
 // Columns of dX that are multiplied at a time.
-inline constexpr size_t kFilterTile = 32;
+inline constexpr size_t kFilterTile = 384;
+// Words that may be read past a stripe's list, whatever they are.
+inline constexpr size_t kFilterAhead = 8;
+
+constexpr size_t filter_stripes(size_t n) { return (n + kFilterStripe - 1) / kFilterStripe; }
 
 // The magnitude below which elements of a row [n] may go: a power of two times the row's sum of
 // magnitudes, or 0 if even the smallest ones are too many. All zeros may go.
 float negligible_avx512(const float* row, size_t n) noexcept;
 
-// Columns [0, n), n ≤ kFilterColumns, of `rows` ≤ 12 rows of dY that one row at least may not lose.
-// kept [12][kKeptStride], zeros below `rows`; places: column times ldw. Both are filled up to an
-// even number. Returns how many columns stay.
-size_t pick_avx512(const float* dy, size_t ld, size_t rows, size_t n, const float* negligible,
-                   size_t ldw, uint16_t* kept, uint32_t* places) noexcept;
+// Lists the elements of a row [n] that are not below `negligible`, and where each stripe's begin:
+// starts [filter_stripes(n) + 1], the last one being the end. list has room for n + 16.
+void list_kept_avx512(const float* row, size_t n, float negligible, uint32_t* list,
+                      uint32_t* starts) noexcept;
+// The list of all n ≤ kFilterStripe elements of a stripe that is in bf16 already.
+void list_stripe_avx512(const uint16_t* row, size_t n, uint32_t* list) noexcept;
 
-// y [rows, cols ≤ 32] += kept [rows, count] · w [count, cols], w's rows at w + places.
-void multiply_picked_avx512(const uint16_t* kept, const uint32_t* places, size_t count,
-                            const uint16_t* w, size_t rows, size_t cols, float* y,
-                            size_t ldy) noexcept;
+// y [cols ≤ kFilterTile] += the elements of one stripe's list times w [kFilterStripe, cols], rows
+// ldw apart.
+void multiply_kept_avx512(const uint32_t* list, size_t count, const uint16_t* w, size_t ldw,
+                          size_t cols, float* y) noexcept;
 
 }  // namespace moru

@@ -237,50 +237,54 @@ float log_sum_exp(Floats x) {
   return static_cast<float>(join(sums, chunks));
 }
 
-// Two passes over a row: chunk by chunk the maximum and exp(x − maximum), written in place if the
-// gradient is wanted; then, with the row's log-sum-exp known, one factor per chunk makes
-// probabilities of them. The second pass needs no exp.
+// Two passes over a row: chunk by chunk the maximum and exp(x − maximum), written if the gradient
+// is wanted; then, with the row's log-sum-exp known, one factor per chunk makes probabilities of
+// them. The second pass needs no exp.
 void cross_entropy_rows(Pool& pool, float* logits, size_t ld, size_t m, size_t n,
-                        const int32_t* targets, float* nll, float d_scale) {
+                        const int32_t* targets, float* nll, float d_scale,
+                        const std::function<void(size_t, float*)>& take_gradient) {
   const FloatKernels& kernels = float_kernels();
   const size_t chunks = chunks_of(n);
   ChunkSum* sums = scratch<ChunkSum, 1>(m * chunks);
   double* lse = scratch<double, 2>(m);
   const auto chunk_size = [&](size_t c) { return std::min(kLogitColumns, n - c * kLogitColumns); };
 
-  const auto sum_chunk = [&](size_t row, size_t c) {
-    float* x = logits + row * ld + c * kLogitColumns;
+  // d: the row's gradient, which may be where its logits are; null: not wanted.
+  const auto sum_chunk = [&](size_t row, size_t c, float* d) {
     ChunkSum& s = sums[row * chunks + c];
-    kernels.exp_sum(x, chunk_size(c), d_scale != 0 ? x : nullptr, &s.max, &s.sum);
+    kernels.exp_sum(logits + row * ld + c * kLogitColumns, chunk_size(c),
+                    d == nullptr ? nullptr : d + c * kLogitColumns, &s.max, &s.sum);
   };
-  const auto grade_chunk = [&](size_t row, size_t c) {
-    float* x = logits + row * ld + c * kLogitColumns;
+  const auto grade_chunk = [&](size_t row, size_t c, float* d) {
+    float* x = d + c * kLogitColumns;
     const double shift = double{sums[row * chunks + c].max} - lse[row];
     kernels.scale(x, chunk_size(c), static_cast<float>(double{d_scale} * std::exp(shift)), x);
     const size_t target = static_cast<size_t>(targets[row]);
-    if (target / kLogitColumns == c) logits[row * ld + target] -= d_scale;
+    if (target / kLogitColumns == c) d[target] -= d_scale;
   };
-
-  // Many rows: a row is an item and stays in the cache between the passes. Few: a chunk is an item.
-  const bool by_rows = m >= 4 * pool.size();
-  for (size_t row = 0; row < m; ++row)
-    nll[row] = logits[row * ld + static_cast<size_t>(targets[row])];
-  const auto finish_row = [&](size_t row) {
+  const auto join_row = [&](size_t row) {
     lse[row] = join(sums + row * chunks, chunks);
     nll[row] = static_cast<float>(lse[row] - double{nll[row]});
   };
-  if (by_rows) {
-    pool.each(m, [&](size_t row) {
-      for (size_t c = 0; c < chunks; ++c) sum_chunk(row, c);
-      finish_row(row);
-      if (d_scale == 0) return;
-      for (size_t c = 0; c < chunks; ++c) grade_chunk(row, c);
+  for (size_t row = 0; row < m; ++row)
+    nll[row] = logits[row * ld + static_cast<size_t>(targets[row])];
+
+  // Many rows: a row is an item and stays in the cache between the passes. Few: a chunk is an item.
+  if (m >= 4 * pool.size())
+    return pool.each(m, [&](size_t row) {
+      float* d = d_scale == 0 ? nullptr : take_gradient ? scratch<float, 3>(n) : logits + row * ld;
+      for (size_t c = 0; c < chunks; ++c) sum_chunk(row, c, d);
+      join_row(row);
+      if (d == nullptr) return;
+      for (size_t c = 0; c < chunks; ++c) grade_chunk(row, c, d);
+      if (take_gradient) take_gradient(row, d);
     });
-    return;
-  }
-  pool.each(m * chunks, [&](size_t i) { sum_chunk(i / chunks, i % chunks); });
-  for (size_t row = 0; row < m; ++row) finish_row(row);
-  if (d_scale != 0) pool.each(m * chunks, [&](size_t i) { grade_chunk(i / chunks, i % chunks); });
+  const auto place = [&](size_t row) { return d_scale == 0 ? nullptr : logits + row * ld; };
+  pool.each(m * chunks, [&](size_t i) { sum_chunk(i / chunks, i % chunks, place(i / chunks)); });
+  for (size_t row = 0; row < m; ++row) join_row(row);
+  if (d_scale == 0) return;
+  pool.each(m * chunks, [&](size_t i) { grade_chunk(i / chunks, i % chunks, place(i / chunks)); });
+  if (take_gradient) pool.each(m, [&](size_t row) { take_gradient(row, place(row)); });
 }
 
 }  // namespace moru

@@ -8,6 +8,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 
 #include "base/threads.h"
@@ -81,8 +82,11 @@ float log_sum_exp(Floats x);
 
 // Cross-entropy of m rows of logits [m, n] against targets [m]: nll[r] = lse(row) − row[target].
 // With d_scale ≠ 0 the logits are overwritten by d_scale · (softmax − onehot), the gradient.
-// Targets lie in [0, n); a logit of −∞ is a token that cannot be.
+// Targets lie in [0, n); a logit of −∞ is a token that cannot be. With `take_gradient` rows of the
+// gradient are handed to it, row by row, by the thread in whose cache they stand, and what becomes
+// of the logits is its affair.
 void cross_entropy_rows(Pool& pool, float* logits, size_t ld, size_t m, size_t n,
-                        const int32_t* targets, float* nll, float d_scale);
+                        const int32_t* targets, float* nll, float d_scale,
+                        const std::function<void(size_t row, float* gradient)>& take_gradient = {});
 
 }  // namespace moru

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -287,13 +288,7 @@ void LoraTraining::State::lay_out(Arena& arena) {
   // Rounded where they stand: a row of bf16 begins where its row of f32 did.
   s.d_logits = {type, s.logits, type == DType::bf16 ? 2 * c.vocab : c.vocab};
   s.head_dn = arena.take<float>(h * d);
-  if (filters()) {
-    const size_t groups = (h + kFilterRows - 1) / kFilterRows;
-    s.negligible = arena.take<float>(groups * kFilterRows);
-    s.picked = arena.take<uint16_t>(groups * kFilterRows * kKeptStride);
-    s.places = arena.take<uint32_t>(groups * kKeptStride);
-    s.counts = arena.take<size_t>(groups);
-  }
+  if (filters()) s.starts = arena.take<uint32_t>(h * (filter_stripes(c.vocab) + 1));
 
   values = arena.take_rows(type, 1, pair_values);
   if (lora->dora) {
@@ -318,7 +313,9 @@ void LoraTraining::State::lay_out(Arena& arena) {
     }
   unpacked_rows = c.vocab;
   if (unpacks(model->output())) {
-    unpacked_rows = std::min(c.vocab, std::max(most, kUnpackedMin) / d);
+    unpacked_rows = std::max(most, kUnpackedMin) / d;
+    if (filters()) unpacked_rows = filter_stripes(unpacked_rows) * kFilterStripe;
+    unpacked_rows = std::min(c.vocab, unpacked_rows);
     most = std::max(most, unpacked_rows * d);
   }
   unpacked = arena.take_rows(type, 1, most);
@@ -459,14 +456,11 @@ void embed_backward(LoraTraining::State& s, const TrainingBatch& batch) {
 }
 
 // d/dz of cap · tanh(z / cap) is 1 − (capped / cap)².
-void softcap_backward(Pool& pool, const float* capped, size_t count, float cap, float* d) {
-  pool.each((count + kCopyTile - 1) / kCopyTile, [&](size_t tile) {
-    const size_t first = tile * kCopyTile, last = std::min(first + kCopyTile, count);
-    for (size_t i = first; i < last; ++i) {
-      const float ratio = capped[i] / cap;
-      d[i] *= 1 - ratio * ratio;
-    }
-  });
+void softcap_backward(const float* capped, size_t n, float cap, float* d) {
+  for (size_t i = 0; i < n; ++i) {
+    const float ratio = capped[i] / cap;
+    d[i] *= 1 - ratio * ratio;
+  }
 }
 
 // Sixteen lanes, so that the mean and the largest are found in vectors.
@@ -519,44 +513,80 @@ void head_input_gradient(LoraTraining::State& s, const Rows& dy, size_t m, float
   }
 }
 
-// The same without what vanishes of dy, f32, in all of twelve rows. Stripe by stripe of the
-// vocabulary: what stays of it is picked out, then multiplied, 32 columns of dx at a time.
-void filtered_input_gradient(LoraTraining::State& s, const float* dy, size_t m, float* dx) {
-  const Config& c = s.config();
-  const Scratch& sc = s.scratch;
-  const size_t groups = (m + kFilterRows - 1) / kFilterRows;
-  const size_t tiles = (c.width + kFilterTile - 1) / kFilterTile;
-  const auto rows_of = [&](size_t group) { return std::min(kFilterRows, m - group * kFilterRows); };
-  s.pool->each(m, [&](size_t i) {
-    sc.negligible[i] = negligible_avx512(dy + i * c.vocab, c.vocab);
-    std::memset(dx + i * c.width, 0, c.width * sizeof(float));
-  });
-  const size_t step = std::min({s.unpacked_rows, s.options.head_columns, kFilterColumns});
-  for (size_t first = 0; first < c.vocab; first += step) {
-    const size_t columns = std::min(step, c.vocab - first);
-    const DenseView w = s.dense(s.model->output(), first, columns);
-    s.pool->each(groups, [&](size_t g) {
-      const size_t row = g * kFilterRows;
-      sc.counts[g] =
-          pick_avx512(dy + row * c.vocab + first, c.vocab, rows_of(g), columns, sc.negligible + row,
-                      w.ld, sc.picked + row * kKeptStride, sc.places + g * kKeptStride);
-    });
-    // A tile's part of the stripe stays in L2 while all rows meet it.
-    s.pool->each(tiles, [&](size_t tile) {
-      const size_t at = tile * kFilterTile;
-      for (size_t g = 0; g < groups; ++g) {
-        const size_t row = g * kFilterRows;
-        multiply_picked_avx512(sc.picked + row * kKeptStride, sc.places + g * kKeptStride,
-                               sc.counts[g], static_cast<const uint16_t*>(w.data) + at, rows_of(g),
-                               std::min(kFilterTile, c.width - at), dx + row * c.width + at,
-                               c.width);
-      }
-    });
-  }
+// The list of what does not vanish of a row of the logits' gradient takes the second half of the
+// row, and leaves the first to the row in bf16. If it does not fit there, the row in bf16 is all
+// that is kept, and a stripe is listed when it is needed.
+bool fits(size_t listed, size_t vocab) { return listed + kFilterAhead <= vocab / 2; }
+uint32_t* list_of(const LoraTraining::State& s, size_t row) {
+  const size_t v = s.config().vocab;
+  return reinterpret_cast<uint32_t*>(s.scratch.logits + row * v + (v + 1) / 2);
 }
 
-void round_in_place(float* row, size_t count) {
-  float_kernels().round_to_bf16(row, count, reinterpret_cast<uint16_t*>(row));
+// Makes an operand of a row's gradient, which may stand where the row does. whole: every element of
+// it is wanted too.
+void keep_gradient(LoraTraining::State& s, size_t row, const float* dy, bool whole) {
+  const size_t v = s.config().vocab;
+  float* const place = s.scratch.logits + row * v;
+  if (s.type == DType::f32) {
+    if (dy != place) std::memcpy(place, dy, v * sizeof(float));
+    return;
+  }
+  static thread_local std::vector<uint32_t> list;
+  size_t listed = 0;
+  if (s.filters()) {
+    list.resize(v + 16);
+    uint32_t* starts = s.scratch.starts + row * (filter_stripes(v) + 1);
+    list_kept_avx512(dy, v, negligible_avx512(dy, v), list.data(), starts);
+    listed = starts[filter_stripes(v)];
+  }
+  if (whole || !s.filters() || !fits(listed, v))
+    float_kernels().round_to_bf16(dy, v, reinterpret_cast<uint16_t*>(place));
+  if (s.filters() && fits(listed, v))
+    std::memcpy(list_of(s, row), list.data(), listed * sizeof(uint32_t));
+}
+
+// dx [m, d] = dy · W of the head from what rows of dy keep. Stripe by stripe of the vocabulary, so
+// that a tile of W stays in L2 while rows meet it.
+void filtered_input_gradient(LoraTraining::State& s, size_t m, float* dx) {
+  constexpr size_t kRows = 32;  // of an item
+  const Scratch& sc = s.scratch;
+  const size_t v = s.config().vocab, stripes = filter_stripes(v), d = s.config().width;
+  const size_t groups = (m + kRows - 1) / kRows, tiles = (d + kFilterTile - 1) / kFilterTile;
+  const size_t tile_columns = ((d + tiles - 1) / tiles + 31) / 32 * 32;
+  std::memset(dx, 0, m * d * sizeof(float));
+
+  // Rows [at, at + kFilterStripe) of w are the stripe's.
+  const auto add_stripe = [&](size_t stripe, const DenseView& w, size_t at) {
+    const size_t width = std::min(kFilterStripe, v - stripe * kFilterStripe);
+    s.pool->each(tiles * groups, [&](size_t item) {
+      const size_t first = item / groups * tile_columns,
+                   columns = std::min(tile_columns, d - first);
+      const auto* tile = static_cast<const uint16_t*>(w.data) + at * w.ld + first;
+      const auto* next =
+          m >= kRows && at + 2 * kFilterStripe <= w.rows ? tile + kFilterStripe * w.ld : nullptr;
+      for (size_t i = item % groups * kRows; i < std::min(m, (item % groups + 1) * kRows); ++i) {
+        // Each of many rows brings a part of the next stripe nearer.
+        for (size_t r = kFilterStripe * i / m; next && r < kFilterStripe * (i + 1) / m; ++r)
+          for (size_t column = 0; column < columns; column += 32)
+            __builtin_prefetch(next + r * w.ld + column, 0, 2);
+        const uint32_t* starts = sc.starts + i * (stripes + 1);
+        if (fits(starts[stripes], v)) {
+          multiply_kept_avx512(list_of(s, i) + starts[stripe], starts[stripe + 1] - starts[stripe],
+                               tile, w.ld, columns, dx + i * d + first);
+          continue;
+        }
+        std::array<uint32_t, kFilterStripe + kFilterAhead> list{};
+        const auto* dy = reinterpret_cast<const uint16_t*>(sc.logits + i * v);
+        list_stripe_avx512(dy + stripe * kFilterStripe, width, list.data());
+        multiply_kept_avx512(list.data(), width, tile, w.ld, columns, dx + i * d + first);
+      }
+    });
+  };
+  for (size_t first = 0; first < v; first += s.unpacked_rows) {
+    const DenseView w = s.dense(s.model->output(), first, std::min(s.unpacked_rows, v - first));
+    for (size_t at = 0; at < w.rows; at += kFilterStripe)
+      add_stripe((first + at) / kFilterStripe, w, at);
+  }
 }
 
 // What head() is to find besides the loss.
@@ -609,31 +639,28 @@ double head(LoraTraining::State& s, const TrainingBatch& batch, const HeadTask& 
       pool.each(chunk.size(), [&](size_t i) {
         task.stats[chunk[i]] = stats_of(sc.logits + i * v, v, static_cast<size_t>(targets[i]));
       });
+    // A row's gradient becomes an operand as soon as the cross-entropy has made it.
+    const auto take_gradient = [&](size_t i, float* dy) {
+      if (c.final_softcap != 0) softcap_backward(sc.capped + i * v, v, c.final_softcap, dy);
+      const float factor = (task.factors.empty() ? 1.0f : task.factors[chunk[i]]) * c.logit_scale;
+      if (factor != 1) float_kernels().scale(dy, v, factor, dy);
+      keep_gradient(s, i, dy, d_head != nullptr);
+    };
     cross_entropy_rows(pool, sc.logits, v, chunk.size(), v, targets.data(), losses.data(),
-                       task.scale);
+                       task.scale, take_gradient);
     for (size_t i = 0; i < chunk.size(); ++i) {
       sum += double{losses[i]};
       if (!task.nll.empty()) task.nll[chunk[i]] = losses[i];
     }
     if (task.scale == 0) continue;
 
-    if (c.final_softcap != 0)
-      softcap_backward(pool, sc.capped, chunk.size() * v, c.final_softcap, sc.logits);
-    if (!task.factors.empty() || c.logit_scale != 1)
-      pool.each(chunk.size(), [&](size_t i) {
-        float* row = sc.logits + i * v;
-        const float factor = task.factors.empty() ? 1.0f : task.factors[chunk[i]];
-        for (size_t j = 0; j < v; ++j) row[j] *= factor * c.logit_scale;
-      });
     zero_floats(pool, sc.logits + chunk.size() * v, (m - chunk.size()) * v);
-    // The filter reads f32; the head's own gradient takes every element.
     if (s.filters()) {
-      filtered_input_gradient(s, sc.logits, chunk.size(), sc.head_dn);
+      filtered_input_gradient(s, chunk.size(), sc.head_dn);
       zero_floats(pool, sc.head_dn + chunk.size() * d, (m - chunk.size()) * d);
+    } else {
+      head_input_gradient(s, sc.d_logits, m, sc.head_dn);
     }
-    if (s.type == DType::bf16 && (!s.filters() || d_head != nullptr))
-      pool.each(m, [&](size_t i) { round_in_place(sc.logits + i * v, v); });
-    if (!s.filters()) head_input_gradient(s, sc.d_logits, m, sc.head_dn);
     if (d_head != nullptr)
       matmul_tn(pool, sc.d_logits.view(m, v), sc.head_n.view(m, d),
                 {DType::f32, d_head, d, true, 1});

@@ -107,11 +107,8 @@ struct Scratch {
   float* capped = nullptr;    // [C, vocab] where logits are capped
   Rows d_logits;              // [C, vocab], where the logits stand
   float* head_dn = nullptr;   // [C, d]
-  // what filtered_product.h takes of d_logits, twelve rows at a time
-  float* negligible = nullptr;  // [C]
-  uint16_t* picked = nullptr;   // [C / 12][12][kKeptStride]
-  uint32_t* places = nullptr;   // [C / 12][kKeptStride]
-  size_t* counts = nullptr;     // [C / 12]
+  // by row of d_logits where filtered_product.h's lists of its stripes begin and the last one ends
+  uint32_t* starts = nullptr;  // [C, stripes + 1]
 };
 
 // What DoRA needs besides. By magnitude: ‖W‖² of its row, and m/‖W + s·B·A‖.

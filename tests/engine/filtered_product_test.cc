@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "base/cpu.h"
@@ -37,18 +38,29 @@ double magnitudes(const float* row, size_t n) {
   return sum;
 }
 
-struct Picked {
-  std::vector<uint16_t> kept = std::vector<uint16_t>(kFilterRows * kKeptStride);
-  std::vector<uint32_t> places = std::vector<uint32_t>(kKeptStride);
-  size_t count = 0;
+struct Kept {
+  size_t column;
+  uint16_t value;
 };
-Picked pick(const std::vector<float>& dy, size_t rows, size_t n, size_t ldw) {
-  std::vector<float> negligible;
-  for (size_t r = 0; r < rows; ++r) negligible.push_back(negligible_avx512(&dy[r * n], n));
-  Picked p;
-  p.count =
-      pick_avx512(dy.data(), n, rows, n, negligible.data(), ldw, p.kept.data(), p.places.data());
-  return p;
+struct List {
+  std::vector<uint32_t> words;
+  std::vector<uint32_t> starts;
+  size_t count() const { return starts.back(); }
+  std::vector<Kept> kept() const {
+    std::vector<Kept> all;
+    for (size_t stripe = 0; stripe + 1 < starts.size(); ++stripe)
+      for (size_t i = starts[stripe]; i < starts[stripe + 1]; ++i)
+        all.push_back(
+            {stripe * kFilterStripe + (words[i] & 0xffff), static_cast<uint16_t>(words[i] >> 16)});
+    return all;
+  }
+};
+List list_of(std::span<const float> row) {
+  const size_t n = row.size();
+  List list{std::vector<uint32_t>(n + 16), std::vector<uint32_t>(filter_stripes(n) + 1)};
+  list_kept_avx512(row.data(), n, negligible_avx512(row.data(), n), list.words.data(),
+                   list.starts.data());
+  return list;
 }
 
 }  // namespace
@@ -56,85 +68,109 @@ Picked pick(const std::vector<float>& dy, size_t rows, size_t n, size_t ldw) {
 TEST_CASE("what a row loses is at most the 1024th part of its magnitudes, and most columns go") {
   if (isa() != Isa::avx512) return;
   Random random(3);
-  for (const size_t rows : {1, 5, 12})
-    for (const size_t n : {4096, 4001}) {
-      CAPTURE(rows);
+  // From rows whose softmax is one token's to those that leave little out.
+  for (const double spread : {14.0, 8.0, 5.0, 3.0})
+    for (const size_t n : {1, 17, 1024, 1025, 4096, 40001}) {
+      CAPTURE(spread);
       CAPTURE(n);
-      const std::vector<float> dy = softmax_rows(random, rows, n, 5);
-      const Picked p = pick(dy, rows, n, 1);
-      CHECK(p.count < n / 2);
-      CHECK(p.count > 0);
-      for (size_t r = 0; r < rows; ++r) {
-        double left = 0;
-        for (size_t i = 0; i < p.count; ++i) {
-          const float value = dy[r * n + p.places[i]];
-          left += std::fabs(double{value});
-          CHECK(p.kept[r * kKeptStride + i] == bf16_from_f32(value));
-        }
-        const double all = magnitudes(&dy[r * n], n);
-        CHECK(all - left <= all / 1024 * (1 + 1e-4));
+      const std::vector<float> row = softmax_rows(random, 1, n, spread);
+      const List list = list_of(row);
+      if (n > 4000 && spread >= 5) CHECK(list.count() < n / 2);
+      double left = 0;
+      size_t next = 0;
+      for (const auto& [column, value] : list.kept()) {
+        REQUIRE(column < n);
+        CHECK(column >= next);
+        next = column + 1;
+        CHECK(value == bf16_from_f32(row[column]));
+        left += std::fabs(double{row[column]});
       }
+      const double all = magnitudes(row.data(), n);
+      CHECK(all - left <= all / 1024 * (1 + 1e-4));
     }
 }
 
-TEST_CASE("a row whose softmax is flat loses nothing, nor do those beside it") {
+TEST_CASE("the bound is the largest power of two that loses little enough") {
+  if (isa() != Isa::avx512) return;
+  Random random(7);
+  for (const double spread : {12.0, 6.0, 4.0, 3.0, 2.0, 1.0}) {
+    CAPTURE(spread);
+    const std::vector<float> row = softmax_rows(random, 1, 30000, spread);
+    const double all = magnitudes(row.data(), row.size());
+    const auto below = [&](double bound) {
+      double sum = 0;
+      for (const float v : row) sum += std::fabs(v) < bound ? std::fabs(double{v}) : 0;
+      return sum;
+    };
+    const double bound = double{negligible_avx512(row.data(), row.size())};
+    CHECK(bound > 0);
+    CHECK(below(bound) <= all / 1024);
+    CHECK((bound > all / 9000 || below(2 * bound) > all / 1024));
+    CHECK(std::abs(std::log2(all / bound) - std::round(std::log2(all / bound))) < 1e-3);
+  }
+}
+
+TEST_CASE("a row whose softmax is flat loses nothing") {
   if (isa() != Isa::avx512) return;
   Random random(4);
-  constexpr size_t kRows = 3, kColumns = 4000;
-  std::vector<float> dy = softmax_rows(random, kRows, kColumns, 5);
-  const std::vector<float> flat = softmax_rows(random, 1, kColumns, 0);
-  std::copy(flat.begin(), flat.end(), dy.begin() + kColumns);
-  CHECK(negligible_avx512(flat.data(), kColumns) < *std::ranges::max_element(flat));
-  CHECK(pick(dy, kRows, kColumns, 1).count == kColumns);
+  const std::vector<float> flat = softmax_rows(random, 1, 4000, 0);
+  CHECK(negligible_avx512(flat.data(), flat.size()) < *std::ranges::max_element(flat));
+  CHECK(list_of(flat).count() == 4000);
 }
 
 TEST_CASE("a row of zeros goes, a number that is none stays") {
   if (isa() != Isa::avx512) return;
-  CHECK(pick(std::vector<float>(100), 1, 100, 1).count == 0);
+  CHECK(list_of(std::vector<float>(100)).count() == 0);
   Random random(5);
   std::vector<float> dy = softmax_rows(random, 1, 100, 8);
   dy[37] = std::numeric_limits<float>::quiet_NaN();
-  const Picked p = pick(dy, 1, 100, 1);
-  CHECK(std::count(p.places.begin(), p.places.begin() + static_cast<std::ptrdiff_t>(p.count), 37) ==
-        1);
+  const std::vector<Kept> kept = list_of(dy).kept();
+  CHECK(std::ranges::count(kept, size_t{37}, &Kept::column) == 1);
+}
+
+TEST_CASE("the list of a stripe in bf16 is all of it") {
+  if (isa() != Isa::avx512) return;
+  const std::vector<uint16_t> row = {0x3f80, 0, 0xbf80, 0x7fc0, 1};
+  std::vector<uint32_t> list(row.size());
+  list_stripe_avx512(row.data(), row.size(), list.data());
+  for (size_t i = 0; i < row.size(); ++i) CHECK(list[i] == (uint32_t{row[i]} << 16 | i));
 }
 
 TEST_CASE("the product is that of all columns within what rounding and leaving out may cost") {
   if (isa() != Isa::avx512) return;
   Random random(6);
-  for (const size_t rows : {1, 4, 12})
-    for (const size_t cols : {1, 16, 23, 32})
-      for (const size_t n : {1, 50, 2047}) {
-        CAPTURE(rows);
-        CAPTURE(cols);
-        CAPTURE(n);
-        const size_t ldw = cols + 8, ldy = cols + 3;
-        std::vector<uint16_t> w(n * ldw + 32);
-        double largest = 0;
-        for (uint16_t& v : w) {
-          v = bf16_from_f32(random.normal());
-          largest = std::max(largest, std::fabs(double{f32_from_bf16(v)}));
-        }
-        const std::vector<float> dy = softmax_rows(random, rows, n, 4);
-        const Picked p = pick(dy, rows, n, ldw);
-        std::vector<float> y(rows * ldy, 0.5f);  // is added to
-        multiply_picked_avx512(p.kept.data(), p.places.data(), p.count, w.data(), rows, cols,
-                               y.data(), ldy);
-        for (size_t r = 0; r < rows; ++r) {
-          // Elements are rounded by up to 2⁻⁹ of themselves and left out as far as the bound says;
-          // f32 sums of n products lose much less than as much again.
-          const double all = magnitudes(&dy[r * n], n);
-          const double most = (1.0 / 512 + 1.0 / 1024) * 1.1 * all * largest + 1e-6;
-          for (size_t c = 0; c < ldy; ++c) {
-            double exact = 0.5;
-            for (size_t j = 0; c < cols && j < n; ++j)
-              exact += double{dy[r * n + j]} * double{f32_from_bf16(w[j * ldw + c])};
-            if (std::fabs(double{y[r * ldy + c]} - exact) > most) {
-              CAPTURE(r);
-              CAPTURE(c);
-              CHECK(double{y[r * ldy + c]} == doctest::Approx(exact));
-            }
-          }
+  for (const size_t cols : {1, 16, 23, 32, 33, 100, 288, 320, 383, 384})
+    for (const size_t n : {1, 2, 50, 1023, 2047}) {
+      CAPTURE(cols);
+      CAPTURE(n);
+      const size_t ldw = cols + 8;
+      std::vector<uint16_t> w(n * ldw);
+      double largest = 0;
+      for (uint16_t& v : w) {
+        v = bf16_from_f32(random.normal());
+        largest = std::max(largest, std::fabs(double{f32_from_bf16(v)}));
+      }
+      const std::vector<float> dy = softmax_rows(random, 1, n, 4);
+      List list = list_of(dy);
+      // What stands behind a list is not looked at.
+      for (size_t i = list.count(); i < list.words.size(); ++i) list.words[i] = 0xffffffff;
+      std::vector<float> y(cols + 3, 0.5f);  // is added to
+      for (size_t stripe = 0; stripe < filter_stripes(n); ++stripe)
+        multiply_kept_avx512(list.words.data() + list.starts[stripe],
+                             list.starts[stripe + 1] - list.starts[stripe],
+                             w.data() + stripe * kFilterStripe * ldw, ldw, cols, y.data());
+      // Elements are rounded by up to 2⁻⁹ of themselves and left out as far as the bound says; f32
+      // sums of n products lose much less than as much again.
+      const double most =
+          (1.0 / 512 + 1.0 / 1024) * 1.1 * magnitudes(dy.data(), n) * largest + 1e-6;
+      for (size_t c = 0; c < y.size(); ++c) {
+        double exact = 0.5;
+        for (size_t j = 0; c < cols && j < n; ++j)
+          exact += double{dy[j]} * double{f32_from_bf16(w[j * ldw + c])};
+        if (std::fabs(double{y[c]} - exact) > most) {
+          CAPTURE(c);
+          CHECK(double{y[c]} == doctest::Approx(exact));
         }
       }
+    }
 }
