@@ -27,7 +27,7 @@ Isa detect() {
 }
 
 Isa choose() {
-  const Isa best = detect();
+  const Isa best = processor_isa();
   const char* forced = std::getenv("MORU_ISA");
   if (forced == nullptr || *forced == '\0') return best;
   for (const Isa level : {Isa::scalar, Isa::avx2, Isa::avx512}) {
@@ -71,6 +71,11 @@ size_t count_threads() {
 
 Isa isa() {
   static const Isa level = choose();
+  return level;
+}
+
+Isa processor_isa() {
+  static const Isa level = detect();
   return level;
 }
 

@@ -15,6 +15,8 @@ enum class Isa {
 // The highest level of this processor and operating system, or the lower one that the environment
 // variable MORU_ISA names (scalar, avx2, avx512). Read once. Error: usage, for another word.
 Isa isa();
+// The highest level whatever the environment says.
+Isa processor_isa();
 const char* name_of(Isa level);
 
 // Processors that this process may keep busy: its affinity mask, cut to the cgroup's CPU quota,

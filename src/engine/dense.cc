@@ -38,20 +38,21 @@ const dnnl::engine& engine() {
   static const dnnl::engine one = [] {
     // Strict arithmetic, whatever the environment says.
     dnnl::set_default_fpmath_mode(dnnl::fpmath_mode::strict);
+    // A lower level that was asked for is lower here too.
+    if (isa() < processor_isa())
+      dnnl::set_max_cpu_isa(isa() == Isa::avx2 ? dnnl::cpu_isa::avx2 : dnnl::cpu_isa::sse41);
     return dnnl::engine(dnnl::engine::kind::cpu, 0);
   }();
   return one;
 }
 
-memory::data_type data_type(DType type) {
+size_t size_of(DType type) {
   MORU_CHECK(type == DType::f32 || type == DType::bf16);
-  return type == DType::f32 ? memory::data_type::f32 : memory::data_type::bf16;
+  return type == DType::f32 ? 4 : 2;
 }
-size_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
 
-// One product of one tile: dst [m, n] = src [m, k] · weights [k, n], each with its strides.
+// One product of one tile: dst [m, n] = src [m, k] · weights [k, n] in f32, each with its strides.
 struct Shape {
-  DType in, out;
   size_t m, n, k;
   std::array<size_t, 2> src, weights;  // strides of rows and of columns
   size_t dst;                          // distance between rows
@@ -66,16 +67,16 @@ struct Product {
   memory::desc src, weights, dst, scratch;
 };
 
-memory::desc describe(size_t rows, size_t cols, DType type, size_t row_stride, size_t col_stride) {
+memory::desc describe(size_t rows, size_t cols, size_t row_stride, size_t col_stride) {
   return {{static_cast<memory::dim>(rows), static_cast<memory::dim>(cols)},
-          data_type(type),
+          memory::data_type::f32,
           {static_cast<memory::dim>(row_stride), static_cast<memory::dim>(col_stride)}};
 }
 
 Product make_product(const Shape& s) {
-  const memory::desc src = describe(s.m, s.k, s.in, s.src[0], s.src[1]);
-  const memory::desc weights = describe(s.k, s.n, s.in, s.weights[0], s.weights[1]);
-  const memory::desc dst = describe(s.m, s.n, s.out, s.dst, 1);
+  const memory::desc src = describe(s.m, s.k, s.src[0], s.src[1]);
+  const memory::desc weights = describe(s.k, s.n, s.weights[0], s.weights[1]);
+  const memory::desc dst = describe(s.m, s.n, s.dst, 1);
   dnnl::primitive_attr attributes;
   attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
   dnnl::post_ops after;
@@ -137,6 +138,22 @@ struct Operand {
            (row * row_stride + col * col_stride) * size_of(type);
   }
 };
+
+// Rows and columns of an operand in f32: where they stand, or widened from bf16, which loses
+// nothing. oneDNN has bf16 products for AVX-512 alone.
+Operand in_f32(const Operand& from, size_t row, size_t col, size_t rows, size_t cols,
+               std::vector<float>& memory) {
+  const auto at = [&](size_t r, size_t c) { return from.at(row + r, col + c); };
+  if (from.type == DType::f32) return {at(0, 0), DType::f32, from.row_stride, from.col_stride};
+  if (memory.size() < rows * cols) memory.resize(rows * cols);
+  const bool by_rows = from.col_stride == 1;
+  MORU_CHECK(by_rows || from.row_stride == 1);
+  const size_t lines = by_rows ? rows : cols, length = by_rows ? cols : rows;
+  for (size_t i = 0; i < lines; ++i)
+    float_kernels().widen_bf16(static_cast<const uint16_t*>(by_rows ? at(i, 0) : at(0, i)), length,
+                               memory.data() + i * length);
+  return {memory.data(), DType::f32, by_rows ? length : 1, by_rows ? 1 : length};
+}
 
 size_t divide_up(size_t n, size_t by) { return (n + by - 1) / by; }
 // The size of equal parts of n, none above `most`, of whole `unit`s.
@@ -255,23 +272,23 @@ class Grid {
       for (size_t r = 0; r < m; ++r)
         std::copy_n(base + r * y_.ld, n, static_cast<float*>(y) + r * y_.ld);
     // A sum that ends in bf16 is made in f32 beside it; scales apply to each term.
-    thread_local std::vector<float> sums;
-    const bool aside = terms_.count > 1 && y_.type == DType::bf16;
+    thread_local std::vector<float> sums, a_values, b_values;
+    const bool aside = y_.type == DType::bf16;
     if (aside) sums.resize(m * n);
     for (size_t i = 0; i < terms_.count; ++i) {
       const Term& t = terms_.all[i];
       MORU_CHECK(i == 0 || y_.scale == 1);
-      const Shape shape{.in = t.a.type,
-                        .out = aside ? DType::f32 : y_.type,
-                        .m = m,
+      const Operand a = in_f32(t.a, row, 0, m, t.k, a_values),
+                    b = in_f32(t.b, 0, col, t.k, n, b_values);
+      const Shape shape{.m = m,
                         .n = n,
                         .k = t.k,
-                        .src = {t.a.row_stride, t.a.col_stride},
-                        .weights = {t.b.row_stride, t.b.col_stride},
+                        .src = {a.row_stride, a.col_stride},
+                        .weights = {b.row_stride, b.col_stride},
                         .dst = aside ? n : y_.ld,
                         .accumulate = y_.accumulate || i > 0,
                         .scale = y_.scale};
-      run_tile(shape, t.a.at(row, 0), t.b.at(0, col), aside ? sums.data() : y);
+      run_tile(shape, a.data, b.data, aside ? sums.data() : y);
     }
     if (!aside) return;
     for (size_t r = 0; r < m; ++r)

@@ -1,5 +1,5 @@
 // Products of dense float matrices: training, BF16/F16/F32 models, calibration. bf16 by kernels of
-// our own where the processor multiplies it (bf16_product.h), everything else by oneDNN.
+// our own where the processor multiplies it (bf16_product.h), everything else in f32 by oneDNN.
 //
 // The output is cut into a fixed grid of tiles that the pool's threads compute one at a time, so
 // results do not depend on the number of threads. Products accumulate in f32. Only dense.cc speaks
