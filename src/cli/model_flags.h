@@ -42,8 +42,7 @@ struct ModelFlags {
     cmd.add_option_function<std::string>(
            "--draft", [&drafts](const std::string& kind) { drafts = kind == "lookup"; },
            "lookup: with quantized weights, guess at tokens that the text already had, never "
-           "another "
-           "answer; off")
+           "another answer; off")
         ->check(CLI::IsMember({"lookup", "off"}))
         ->default_str("lookup");
   }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -131,6 +132,57 @@ void rms_norm_backward(Pool& pool, const float* x, size_t ldx, const float* inve
                               w, dx + row * lddx, lddx, parts + tile * n);
   });
   for (size_t tile = 0; tile < tiles; ++tile) kernels.add_scaled(parts + tile * n, n, 1.0f, dw);
+}
+
+namespace {
+
+void to_floats(const float* x, size_t n, float* y) { std::memcpy(y, x, n * sizeof(float)); }
+void to_floats(const uint16_t* x, size_t n, float* y) { float_kernels().widen_bf16(x, n, y); }
+
+template <typename T>
+void add_normed(Pool& pool, const T* sub, size_t ldsub, size_t m, size_t n, const float* w,
+                float eps, float scale, const float* x, float* y, float* inverse_rms) {
+  const FloatKernels& kernels = float_kernels();
+  each_rows(pool, m, n, [&](size_t first, size_t count) {
+    float* normed = scratch<float, 4>(n);
+    for (size_t row = first; row < first + count; ++row) {
+      to_floats(sub + row * ldsub, n, normed);
+      kernels.rms_norm(normed, n, 1, n, w, eps, normed, n,
+                       inverse_rms == nullptr ? nullptr : inverse_rms + row);
+      if (y != x) std::memcpy(y + row * n, x + row * n, n * sizeof(float));
+      kernels.add_scaled(normed, n, scale, y + row * n);
+    }
+  });
+}
+
+}  // namespace
+
+void add_normed_rows(Pool& pool, const float* sub, size_t ldsub, size_t m, size_t n, const float* w,
+                     float eps, float scale, const float* x, float* y, float* inverse_rms) {
+  add_normed(pool, sub, ldsub, m, n, w, eps, scale, x, y, inverse_rms);
+}
+void add_normed_rows(Pool& pool, const uint16_t* sub, size_t ldsub, size_t m, size_t n,
+                     const float* w, float eps, float scale, const float* x, float* y,
+                     float* inverse_rms) {
+  add_normed(pool, sub, ldsub, m, n, w, eps, scale, x, y, inverse_rms);
+}
+
+void add_normed_backward_bf16(Pool& pool, const uint16_t* sub, size_t ldsub,
+                              const float* inverse_rms, const float* dy, size_t m, size_t n,
+                              const float* w, float scale, uint16_t* d_sub, size_t ldd) {
+  const FloatKernels& kernels = float_kernels();
+  each_rows(pool, m, n, [&](size_t first, size_t count) {
+    float* wide = scratch<float, 4>(2 * n);
+    float* d = wide + n;
+    for (size_t row = first; row < first + count; ++row) {
+      kernels.widen_bf16(sub + row * ldsub, n, wide);
+      std::fill_n(d, n, 0.0f);
+      kernels.rms_norm_backward(wide, n, inverse_rms + row, dy + row * n, n, 1, n, w, d, n,
+                                nullptr);
+      if (scale != 1) kernels.scale(d, n, scale, d);
+      kernels.round_to_bf16(d, n, d_sub + row * ldd);
+    }
+  });
 }
 
 void rope_rows(Pool& pool, const RopeTable& table, std::span<const int32_t> positions, float* x,

@@ -34,6 +34,17 @@ void layer_norm_rows(Pool& pool, const float* x, size_t ldx, size_t m, size_t n,
 void rms_norm_backward(Pool& pool, const float* x, size_t ldx, const float* inverse_rms,
                        const float* dy, size_t ldy, size_t m, size_t n, const float* w, float* dx,
                        size_t lddx, float* dw = nullptr);
+// Where a sub-layer's output is normed before it joins the stream: y = x + scale · rms_norm(sub).
+// sub in f32 or bf16; y may be x.
+void add_normed_rows(Pool& pool, const float* sub, size_t ldsub, size_t m, size_t n, const float* w,
+                     float eps, float scale, const float* x, float* y, float* inverse_rms);
+void add_normed_rows(Pool& pool, const uint16_t* sub, size_t ldsub, size_t m, size_t n,
+                     const float* w, float eps, float scale, const float* x, float* y,
+                     float* inverse_rms);
+// And back: d_sub = scale · the gradient through the norm, rounded to bf16.
+void add_normed_backward_bf16(Pool& pool, const uint16_t* sub, size_t ldsub,
+                              const float* inverse_rms, const float* dy, size_t m, size_t n,
+                              const float* w, float scale, uint16_t* d_sub, size_t ldd);
 
 // Rotary positions, half-split pairs (i, i + dims/2)   arXiv:2104.09864
 // cosines, sines: [max_positions, dims / 2]; x: [m, heads · head_dim], the first `dims` of each

@@ -90,6 +90,12 @@ Rows output_gradient(LoraTraining::State& s, const Vector& post_norm, const Rows
     store(*s.pool, s.scratch.dx, t, d, s.scratch.d_out);
     return s.scratch.d_out;
   }
+  if (!post_norm.empty() && s.type == DType::bf16 && s.gradient_of(post_norm) == nullptr) {
+    add_normed_backward_bf16(*s.pool, sub.bf16(), sub.ld, rms_post, s.scratch.dx, t, d,
+                             post_norm.data(), c.residual_scale, s.scratch.d_out.bf16(),
+                             s.scratch.d_out.ld);
+    return s.scratch.d_out;
+  }
   // d_sub stands in dn, which no one needs yet; sub is widened into scratch.sub.
   float* d_sub = s.scratch.dn;
   zero_floats(*s.pool, d_sub, t * d);

@@ -62,7 +62,16 @@ void add_sub_layer(LoraTraining::State& s, size_t layer, const SubLayer& part, c
   const Config& c = s.config();
   const size_t t = s.tokens, d = c.width;
   const bool dora = s.is_dora(layer, part.projection);
-  if (part.post_norm.empty() && part.bias.empty() && c.residual_scale == 1 && !dora) {
+  if (!part.post_norm.empty()) {
+    // The norm reads what the backward pass will read, rounded in bf16.
+    project_rows(s, layer, part.projection, input, part.u, 0, part.bias, s.scratch.sub, part.sub);
+    const auto add = [&](const auto* sub) {
+      add_normed_rows(*s.pool, sub, part.sub.ld, t, d, part.post_norm.data(), c.norm_eps,
+                      c.residual_scale, x, x_next, part.rms_post);
+    };
+    return s.type == DType::bf16 ? add(part.sub.bf16()) : add(part.sub.f32());
+  }
+  if (part.bias.empty() && c.residual_scale == 1 && !dora) {
     project(s, layer, part.projection, input, part.u, 0, {DType::f32, x_next, d, true, 1, x});
     return;
   }
@@ -71,12 +80,7 @@ void add_sub_layer(LoraTraining::State& s, size_t layer, const SubLayer& part, c
   project(s, layer, part.projection, input, part.u, 0, {DType::f32, sub, d, false, 1});
   scale_output(s, layer, part.projection, sub, d);
   if (!part.bias.empty()) add_bias_rows(*s.pool, sub, d, t, d, part.bias.data());
-  if (dora || !part.post_norm.empty()) store(*s.pool, sub, t, d, part.sub);
-  if (!part.post_norm.empty()) {
-    // The norm reads what the backward pass will read, rounded in bf16.
-    load(*s.pool, part.sub, t, d, sub);
-    rms_norm_rows(*s.pool, sub, d, t, d, part.post_norm.data(), c.norm_eps, sub, d, part.rms_post);
-  }
+  if (dora) store(*s.pool, sub, t, d, part.sub);
   add_rows(*s.pool, sub, d, t, d, c.residual_scale, x_next, d);
 }
 

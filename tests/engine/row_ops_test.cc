@@ -96,6 +96,46 @@ TEST_CASE("rms_norm_rows is x · w / sqrt(mean(x²) + eps), strided and in place
   }
 }
 
+TEST_CASE("a normed sub-layer joins the stream as its norm and an addition do, and back again") {
+  Pool pool(2);
+  for (const size_t n : kLengths)
+    for (const float factor : {1.0f, 0.22f}) {
+      CAPTURE(n);
+      CAPTURE(factor);
+      const size_t m = 5;
+      const float eps = 1e-5f;
+      const std::vector<float> wide = normals(m * n, n, 3), w = normals(n, n + 1),
+                               x = normals(m * n, n + 2), dy = normals(m * n, n + 3);
+      std::vector<uint16_t> half(m * n);
+      round_to_bf16(pool, wide.data(), m * n, half.data());
+      std::vector<float> sub(m * n), normed(m * n), inverse(m), found_inverse(m);
+      widen_rows_bf16(pool, half.data(), n, m, n, sub.data());
+      rms_norm_rows(pool, sub.data(), n, m, n, w.data(), eps, normed.data(), n, inverse.data());
+      std::vector<float> want = x;
+      add_rows(pool, normed.data(), n, m, n, factor, want.data(), n);
+
+      std::vector<float> y(m * n), in_place = x;
+      add_normed_rows(pool, sub.data(), n, m, n, w.data(), eps, factor, x.data(), y.data(),
+                      found_inverse.data());
+      CHECK(same_bits(y, want));
+      CHECK(same_bits(found_inverse, inverse));
+      const std::vector<uint16_t> strided = apart(half, n, n + 7);
+      add_normed_rows(pool, strided.data(), n + 7, m, n, w.data(), eps, factor, in_place.data(),
+                      in_place.data(), nullptr);
+      CHECK(same_bits(in_place, want));
+
+      std::vector<float> dx(m * n);
+      rms_norm_backward(pool, sub.data(), n, inverse.data(), dy.data(), n, m, n, w.data(),
+                        dx.data(), n);
+      std::vector<uint16_t> found(m * (n + 3), 0x1234);
+      add_normed_backward_bf16(pool, strided.data(), n + 7, inverse.data(), dy.data(), m, n,
+                               w.data(), factor, found.data(), n + 3);
+      std::vector<uint16_t> rounded;
+      for (const float v : dx) rounded.push_back(bf16_from_f32(factor == 1 ? v : factor * v));
+      CHECK(found == apart(rounded, n, n + 3));
+    }
+}
+
 TEST_CASE("rms_norm_backward agrees with central differences and adds to what is there") {
   Pool pool(3);
   const size_t m = 130, n = 37;
