@@ -2,13 +2,16 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
 #include <cstring>
 #include <functional>
+#include <string_view>
 #include <utility>
 
 #include "base/error.h"
@@ -74,6 +77,15 @@ void write_all(int fd, const char* data, size_t size, const std::filesystem::pat
     data += n;
     size -= static_cast<size_t>(n);
   }
+}
+
+// The process that holds the lock, as it wrote it there; empty if that cannot be read.
+std::string holder(int fd) {
+  std::array<char, 32> text{};
+  const ssize_t n = ::pread(fd, text.data(), text.size() - 1, 0);
+  std::string_view number(text.data(), n > 0 ? static_cast<size_t>(n) : 0);
+  number = number.substr(0, number.find_first_not_of("0123456789"));
+  return number.empty() ? "" : fmt::format(" (process {})", number);
 }
 
 }  // namespace
@@ -197,5 +209,26 @@ void make_folder(const std::filesystem::path& path) {
   errno = code.value();
   fail_on(path, "create the folder");
 }
+
+FolderLock::FolderLock(const std::filesystem::path& folder, const std::filesystem::path& file) {
+  fd_ = ::open(file.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+  if (fd_ < 0) fail_on(file, "open the lock");
+  if (::flock(fd_, LOCK_EX | LOCK_NB) != 0) {
+    const int code = errno;
+    const std::string who = holder(fd_);
+    ::close(fd_);
+    errno = code;
+    if (code != EWOULDBLOCK) fail_on(file, "take the lock");
+    throw Error(ErrorKind::usage,
+                {.where = folder.string(),
+                 .what = fmt::format("another moru is at work in this folder{}", who),
+                 .cure = "wait for it to end, or write to another folder"});
+  }
+  const std::string pid = fmt::format("{}\n", ::getpid());
+  // Only a help for the message above: if it cannot be written, the lock holds all the same.
+  if (::ftruncate(fd_, 0) != 0 || ::pwrite(fd_, pid.data(), pid.size(), 0) < 0) errno = 0;
+}
+
+FolderLock::~FolderLock() { ::close(fd_); }
 
 }  // namespace moru

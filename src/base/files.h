@@ -65,4 +65,17 @@ void append_line(const std::filesystem::path& path, std::string_view line);
 // Creates the folder and its parents. Errors: io.
 void make_folder(const std::filesystem::path& path);
 
+// A folder in which no other process works while this one does: `file`, inside it, is locked until
+// the object or the process ends, and stays there. Errors: usage if another process holds it, io.
+class FolderLock {
+ public:
+  FolderLock(const std::filesystem::path& folder, const std::filesystem::path& file);
+  ~FolderLock();
+  FolderLock(const FolderLock&) = delete;
+  FolderLock& operator=(const FolderLock&) = delete;
+
+ private:
+  int fd_ = -1;
+};
+
 }  // namespace moru

@@ -1,12 +1,7 @@
 #include "forge/journal.h"
 
-#include <fcntl.h>
 #include <fmt/format.h>
-#include <sys/file.h>
-#include <unistd.h>
 
-#include <array>
-#include <cerrno>
 #include <cstring>
 #include <optional>
 
@@ -22,40 +17,6 @@ using Json = nlohmann::ordered_json;
 
 std::string dump(const Json& value) {
   return value.dump(-1, ' ', false, Json::error_handler_t::replace);
-}
-
-// The process that holds the lock, as it wrote it there; empty if that cannot be read.
-std::string holder(int fd) {
-  std::array<char, 32> text{};
-  const ssize_t n = ::pread(fd, text.data(), text.size() - 1, 0);
-  std::string_view number(text.data(), n > 0 ? static_cast<size_t>(n) : 0);
-  number = number.substr(0, number.find_first_not_of("0123456789"));
-  return number.empty() ? "" : fmt::format(" (process {})", number);
-}
-
-int take_lock(const std::filesystem::path& path) {
-  const auto fail = [&](const char* action) {
-    throw Error(ErrorKind::io, {.where = path.string(),
-                                .what = fmt::format("cannot {}: {}", action, std::strerror(errno)),
-                                .cure = "check the permissions of the output folder"});
-  };
-  const int fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
-  if (fd < 0) fail("open the lock");
-  if (::flock(fd, LOCK_EX | LOCK_NB) != 0) {
-    const int code = errno;
-    const std::string who = holder(fd);
-    ::close(fd);
-    errno = code;
-    if (code != EWOULDBLOCK) fail("take the lock");
-    throw Error(ErrorKind::usage,
-                {.where = path.parent_path().parent_path().string(),
-                 .what = fmt::format("another moru is at work in this folder{}", who),
-                 .cure = "wait for it to end, or write to another folder"});
-  }
-  const std::string pid = fmt::format("{}\n", ::getpid());
-  // Only a help for the message above: if it cannot be written, the lock holds all the same.
-  if (::ftruncate(fd, 0) != 0 || ::pwrite(fd, pid.data(), pid.size(), 0) < 0) errno = 0;
-  return fd;
 }
 
 Json describe_files(const std::filesystem::path& folder,
@@ -107,10 +68,8 @@ void prepare_scratch(const std::filesystem::path& scratch, const std::string& ke
 Journal::Journal(std::filesystem::path folder)
     : folder_(std::move(folder)), journal_(folder_ / "journal") {
   make_folder(journal_);
-  lock_ = take_lock(journal_ / "lock");
+  lock_.emplace(folder_, journal_ / "lock");
 }
-
-Journal::~Journal() { ::close(lock_); }
 
 std::filesystem::path Journal::path_of(size_t number, std::string_view name) const {
   return journal_ / fmt::format("{:02}-{}", number, name);

@@ -14,9 +14,12 @@
 #include <filesystem>
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "base/files.h"
 
 namespace moru {
 
@@ -24,9 +27,6 @@ class Journal {
  public:
   // Makes the folder and takes its lock. Errors: usage if another process works there, io.
   explicit Journal(std::filesystem::path folder);
-  ~Journal();
-  Journal(const Journal&) = delete;
-  Journal& operator=(const Journal&) = delete;
 
   const std::filesystem::path& folder() const { return folder_; }
 
@@ -51,7 +51,7 @@ class Journal {
   void forget_from(size_t number) const;
 
   std::filesystem::path folder_, journal_;
-  int lock_ = -1;
+  std::optional<FolderLock> lock_;
   size_t stages_ = 0;
   std::string key_;  // of the last stage
 };

@@ -806,6 +806,8 @@ TuneResult tune(const TuneOptions& o, const TuneProgress& progress) {
 TuneResult tune(const TuneOptions& o, const TuneProgress& progress, Ranks& ranks) {
   check(o);
   make_folder(files_of(o, ranks));
+  std::optional<FolderLock> lock;
+  if (ranks.leads()) lock.emplace(o.out, o.out / ".lock");
   const std::string fingerprint = fingerprint_of(o, files_of(o, ranks) / kHashes);
   check_same(ranks, fingerprint);
   std::optional<TuneResult> done;

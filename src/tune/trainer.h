@@ -111,9 +111,9 @@ struct TuneResult {
 void check(const TuneOptions& options);
 
 // Runs to the end, going on from a checkpoint in `out` where there is one.
-// Errors: those of the model and the data; usage (the checkpoint is of another run); no_space (the
-// plan does not fit); interrupted (SIGINT or SIGTERM: saved); bad_input (a loss is no number,
-// naming the row).
+// Errors: those of the model and the data; usage (the checkpoint is of another run, or another
+// process works in `out`); no_space (the plan does not fit); interrupted (SIGINT or SIGTERM:
+// saved); bad_input (a loss is no number, naming the row).
 TuneResult tune(const TuneOptions& options, const TuneProgress& progress = {});
 // This process's part of a run by several; only rank 0 writes results and tells of progress. Error:
 // also usage, where ranks read different models or data.

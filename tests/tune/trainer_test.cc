@@ -217,6 +217,21 @@ TEST_CASE("a finished run is not run again, and another run's checkpoint is refu
   tune(other);
 }
 
+TEST_CASE("a folder in which another run is at work is refused, and nothing in it is touched") {
+  const TempDir dir;
+  dir.file("rows.jsonl", rows(10));
+  const TuneOptions o = options_for(dir, "out");
+  make_folder(o.out);
+  {
+    const FolderLock other(o.out, o.out / ".lock");
+    const Error error = error_from([&] { tune(o); });
+    CHECK(error.kind() == ErrorKind::usage);
+    CHECK(error.where() == o.out.string());
+    CHECK(std::distance(std::filesystem::directory_iterator(o.out), {}) == 1);
+  }
+  tune(o);
+}
+
 TEST_CASE("a run that stops improving ends early with its best adapter") {
   const TempDir dir;
   dir.file("rows.jsonl", rows(12));
