@@ -228,14 +228,15 @@ void take_schedule_kwargs(std::string_view json, ScheduleOptions& o) {
   std::string known;
   for (const KwargRow& row : kKwargs)
     if (row.schedule == o.kind) known += fmt::format("{}{}", known.empty() ? "" : ", ", row.name);
-  for (const auto& [name, value] : given.items()) {
+  for (const auto& item : given.items()) {
+    const std::string& name = item.key();
     const auto* row = std::find_if(std::begin(kKwargs), std::end(kKwargs), [&](const KwargRow& r) {
       return r.schedule == o.kind && r.name == name;
     });
     if (row == std::end(kKwargs))
       refuse_kwarg(name, fmt::format("is no option of {}", name_of(o.kind)),
                    known.empty() ? "it has none, but see --min-lr-ratio" : "it has " + known);
-    take_kwarg(*row, value, o);
+    take_kwarg(*row, item.value(), o);
   }
 }
 
