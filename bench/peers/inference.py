@@ -76,9 +76,12 @@ def measurements(args, run, model):
     no_prompt, no_answer = ("-p", 0, "-n", 64, "-r", 2), ("-p", 512, "-n", 0, "-r", 2)
     deep = ("-d", CONTEXT)
 
+    def alone(flags):  # one sequence, where any is decoded
+        return ("-b", 1, *flags) if flags[flags.index("-n") + 1] else flags
+
     def pair(flags, read, ik_flags, depth=(), int8=False):
-        peers = {"moru": [lambda: read(run.moru(model, "-b", 1, *flags, *depth))],
-                 **({"moru int8": [lambda: read(run.moru(model, "-b", 1, *flags, *depth, "--activations", "int8"))]}
+        peers = {"moru": [lambda: read(run.moru(model, *alone(flags), *depth))],
+                 **({"moru int8": [lambda: read(run.moru(model, *alone(flags), *depth, "--activations", "int8"))]}
                     if int8 and "BF16" not in model else {}),
                  "llama.cpp": [lambda fa=fa: run.llama(llama, model, *flags, *depth, "-fa", fa)
                                for fa in ((0, 1) if depth else ("auto",))]}
@@ -97,7 +100,7 @@ def measurements(args, run, model):
     def at_avx2(flags, read):
         if not avx2:
             return {}
-        return {"moru": [lambda: read(run.moru(model, "-b", 1, *flags, env={"MORU_ISA": "avx2"}))],
+        return {"moru": [lambda: read(run.moru(model, *alone(flags), env={"MORU_ISA": "avx2"}))],
                 "llama.cpp": [lambda: run.llama(avx2, model, *flags)]}
 
     def load():

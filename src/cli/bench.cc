@@ -189,13 +189,16 @@ class ModelBench {
   }
 
  private:
+  // 0 where nothing is decoded.
+  static size_t largest_batch(const BenchFlags& flags) {
+    return flags.generate == 0 ? 0 : *std::max_element(flags.batches.begin(), flags.batches.end());
+  }
   static size_t step_tokens(const BenchFlags& flags) {
-    return std::max<size_t>(512, *std::max_element(flags.batches.begin(), flags.batches.end()));
+    return std::max<size_t>(512, largest_batch(flags));
   }
   static size_t room(const BenchFlags& flags) {
-    const size_t most = *std::max_element(flags.batches.begin(), flags.batches.end());
     return std::max(flags.depth + flags.prompt + kPageTokens,
-                    most * (flags.depth + flags.generate + kPageTokens));
+                    largest_batch(flags) * (flags.depth + flags.generate + kPageTokens));
   }
   double depth() const { return static_cast<double>(flags_.depth); }
 
