@@ -208,20 +208,39 @@ void print_check(const TuneOptions& o, size_t count) {
   fmt::print("{}", show_report(files, data, report_of(pool, files, data.examples), show.width));
 }
 
-// One line on a terminal, rewritten and never wider than it; a line a step elsewhere.
-void print_event(const TuneEvent& event, bool live, size_t width) {
+// Tells where a run stands: on a terminal in one line, rewritten and never wider than it; elsewhere
+// in a line a step. Of steps that are quicker than a person reads, only some are told: the log has
+// all, and mpirun, which reads nothing for the two seconds that it takes to end a run, would leave
+// this process waiting for room in the pipe instead of saving.
+class Progress {
+ public:
+  void tell(const TuneEvent& event);
+  void clear() const {  // the line that is rewritten
+    if (live_) fmt::print(stderr, "\r\033[K");
+  }
+
+ private:
+  static constexpr double kApart = 0.2;  // seconds
+  const bool live_ = ::isatty(STDERR_FILENO) != 0;
+  std::optional<Stopwatch> since_last_;
+};
+
+void Progress::tell(const TuneEvent& event) {
+  const size_t width = terminal_width(STDERR_FILENO);
   if (event.kind == TuneEvent::Kind::step) {
+    if (since_last_ && since_last_->seconds() < kApart && event.step != event.steps) return;
+    since_last_.emplace();
     const std::string line =
         fmt::format("step {}/{}  loss {:.4f}  {:.0f} tokens/s  {} left  lr {:.1e}  norm {:.2f}",
                     event.step, event.steps, event.loss, event.tokens_per_second,
                     format_duration(event.seconds_left), event.lr, event.grad_norm);
-    if (live)
+    if (live_)
       fmt::print(stderr, "\r\033[K{}", truncate_to_width(line, width - 1));
     else
       fmt::print(stderr, "{}\n", line);
   } else {
     fmt::print(stderr, "{}",
-               live ? "\r\033[K" + wrap_to_width(event.text, width, 2) : event.text + "\n");
+               live_ ? "\r\033[K" + wrap_to_width(event.text, width, 2) : event.text + "\n");
   }
   std::fflush(stderr);
 }
@@ -238,9 +257,9 @@ void run_tune(const CLI::App& cmd, const TuneFlags& flags) {
   check(o);
   if (flags.check) return print_check(o, *flags.check);
   const std::unique_ptr<Ranks> ranks = join_ranks();
-  const bool live = ::isatty(STDERR_FILENO) != 0;
+  Progress progress;
   const auto print = [&](const TuneEvent& event) {
-    print_event(event, live, terminal_width(STDERR_FILENO));
+    progress.tell(event);
     // The page grows with every validation; whoever watches reloads it.
     if (event.kind == TuneEvent::Kind::validation) write_report(o.out);
   };
@@ -248,7 +267,7 @@ void run_tune(const CLI::App& cmd, const TuneFlags& flags) {
   const int code = ranks->run([&] { r = tune(o, print, *ranks); }, tune_is_asked_to_stop);
   if (code != 0) throw CLI::RuntimeError(code);
   if (!ranks->leads()) return;
-  if (live) fmt::print(stderr, "\r\033[K");
+  progress.clear();
   write_report(o.out);
 
   std::string merged;

@@ -35,3 +35,20 @@ TEST_CASE("a run says which steps it skipped and how many, and its log marks the
   CHECK(skipped != 0);
   CHECK(ended.output.find(fmt::format("{} of them skipped", skipped)) != std::string::npos);
 }
+
+TEST_CASE("of steps that are quicker than a person reads some are told, and all are logged") {
+  const TempDir dir;
+  const auto file = dir.file("rows.jsonl", "{\"prompt\": \"a\", \"completion\": \"b\"}\n");
+  const auto out = dir.path() / "out";
+  const Ended ended =
+      run_program({"tune", MORU_SOURCE_DIR "/tests/golden/tune/llama", file.string(), "-o",
+                   out.string(), "--val-fraction", "0", "--max-steps", "1000"});
+  CAPTURE(ended.output);
+  REQUIRE(ended.code == 0);
+  CHECK(log_of(out).size() == 1000);
+  CHECK(ended.output.find("\nstep 1/1000  ") != std::string::npos);
+  CHECK(ended.output.find("\nstep 1000/1000  ") != std::string::npos);
+  size_t told = 0;
+  for (size_t at = 0; (at = ended.output.find("\nstep ", at)) != std::string::npos; ++at) ++told;
+  CHECK(told < 500);
+}
