@@ -97,10 +97,10 @@ Text text_of(Source& source, size_t length, size_t learnt) {
 }
 
 // Rows of Banking77 as SmolLM2 splits them, prompt and answer: 64 quantiles of their lengths.
-constexpr size_t kShortRows[] = {
-    21, 23, 22, 26, 32, 37, 23, 38, 29, 29, 17, 23, 18, 22, 21, 24, 21, 36, 34, 28, 24, 25,
-    23, 26, 25, 25, 31, 52, 29, 28, 23, 31, 27, 45, 57, 27, 22, 20, 27, 32, 30, 26, 30, 22,
-    41, 24, 25, 20, 18, 22, 26, 43, 27, 24, 20, 26, 33, 19, 19, 67, 24, 21, 48, 28};
+constexpr size_t kShortRows[] = {21, 23, 22, 26, 32, 37, 23, 38, 29, 29, 17, 23, 18, 22, 21, 24,
+                                 21, 36, 34, 28, 24, 25, 23, 26, 25, 25, 31, 52, 29, 28, 23, 31,
+                                 27, 45, 57, 27, 22, 20, 27, 32, 30, 26, 30, 22, 41, 24, 25, 20,
+                                 18, 22, 26, 43, 27, 24, 20, 26, 33, 19, 19, 67, 24, 21, 48, 28};
 
 TrainingBatch short_rows(Source& source) {
   TrainingBatch batch;

@@ -18,7 +18,7 @@ struct TinyModelOptions {
   std::string family = "llama";  // or "gemma3": sandwich norms, QK norm, windows
   DType type = DType::q8_0;      // of the matrices
   size_t layers = 2, width = 256, ffn_width = 512, heads = 4, kv_heads = 2, head_dim = 64;
-  size_t window = 24;  // gemma3
+  size_t window = 24;        // gemma3
   size_t unused_tokens = 0;  // of the vocabulary, besides
   // Of the embedding, which is the head too: 4 makes a model that mostly says its last token again,
   // 1 one that says anything.

@@ -18,10 +18,10 @@ class Stopwatch {
 };
 
 // The share of a machine that this process used since the watch was made: its processor time over
-// `threads` (the whole machine), in seconds. On an idle machine that keeps all threads busy it is the
-// wall time to a few per cent, for threads that wait for work spin (base/threads.h); beside busy
-// neighbours it hardly changes, where wall time may double. So it is what costs are compared by.
-// It is never more than the wall time.
+// `threads` (the whole machine), in seconds. On an idle machine that keeps all threads busy it is
+// the wall time to a few per cent, for threads that wait for work spin (base/threads.h); beside
+// busy neighbours it hardly changes, where wall time may double. So it is what costs are compared
+// by. It is never more than the wall time.
 class MachineTime {
  public:
   explicit MachineTime(size_t threads);  // 0: wall time, for what is computed elsewhere

@@ -134,9 +134,8 @@ std::string sha256_of_path(const std::filesystem::path& path) {
 
 std::string remembered_sha256(const std::filesystem::path& path,
                               const std::filesystem::path& memo) {
-  return sha256_of(path, [&](const std::filesystem::path& file) {
-    return remembered_of_file(file, memo);
-  });
+  return sha256_of(
+      path, [&](const std::filesystem::path& file) { return remembered_of_file(file, memo); });
 }
 
 }  // namespace moru

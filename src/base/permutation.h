@@ -3,7 +3,8 @@
 //
 // Up to kListed elements it is a list, shuffled by Fisher-Yates. Beyond that nothing is stored: a
 // Feistel network permutes the next power of four, and is applied again until it lands below count
-// (cycle walking; Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002), twice on average.
+// (cycle walking; Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002), twice on
+// average.
 #pragma once
 #include <array>
 #include <cstddef>
@@ -25,8 +26,8 @@ class Permutation {
  private:
   static constexpr size_t kRounds = 8;
   size_t count_ = 0;
-  std::vector<uint32_t> list_;           // empty: computed
-  unsigned half_bits_ = 0;               // the network permutes 2^(2 half_bits)
+  std::vector<uint32_t> list_;  // empty: computed
+  unsigned half_bits_ = 0;      // the network permutes 2^(2 half_bits)
   std::array<uint64_t, kRounds> keys_{};
 };
 

@@ -42,7 +42,7 @@ struct LoraPair {
   size_t rank = 0;
   float alpha = 0, scale = 0;
   size_t in = 0, out = 0;
-  size_t a = 0, b = 0;  // where A [rank, in] and B [out, rank] begin in the array of floats
+  size_t a = 0, b = 0;   // where A [rank, in] and B [out, rank] begin in the array of floats
   size_t magnitude = 0;  // and DoRA's m [out]
 };
 using LoraLayer = std::array<LoraPair, kProjections>;

@@ -74,7 +74,8 @@ PromptText PromptText::first(size_t bytes) const {
 PromptText PromptText::from(size_t byte) const {
   PromptText out{text.substr(byte), {}};
   for (const TextSpan& span : literal)
-    if (span.end > byte) out.literal.push_back({std::max(span.begin, byte) - byte, span.end - byte});
+    if (span.end > byte)
+      out.literal.push_back({std::max(span.begin, byte) - byte, span.end - byte});
   return out;
 }
 
@@ -170,10 +171,10 @@ std::vector<TokenId> encode_prompt(const ModelFiles& files, const PromptStyle& s
                     Json::object({{"role", "system"}, {"content", style.system}}));
   if (style.plain_template.empty() && files.chat_template)
     return encode_chat(files, {.messages = std::move(messages), .add_generation_prompt = true});
-  std::vector<TokenId> ids = encode(
-      files.tokenizer,
-      render_plain_prompt(style.plain_template.empty() ? kPlainTemplate : style.plain_template,
-                          messages));
+  std::vector<TokenId> ids =
+      encode(files.tokenizer,
+             render_plain_prompt(
+                 style.plain_template.empty() ? kPlainTemplate : style.plain_template, messages));
   put_bos_once(files.tokenizer, ids);
   return ids;
 }

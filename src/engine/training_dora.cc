@@ -22,8 +22,7 @@ void each_pair(const LoraTraining::State& s, Visit&& visit) {
   for (size_t l = 0; l < s.lora->layers.size(); ++l)
     for (size_t p = 0; p < kProjections; ++p) {
       const LoraPair& pair = s.lora->layers[l][p];
-      if (pair.rank != 0)
-        visit(l, static_cast<Projection>(p), pair, pair.magnitude - s.dora.first);
+      if (pair.rank != 0) visit(l, static_cast<Projection>(p), pair, pair.magnitude - s.dora.first);
     }
 }
 

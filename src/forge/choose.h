@@ -53,7 +53,8 @@ struct Choice {
 
 // At least one contender. Costs within a tenth of the cheapest good-enough one are a tie: two
 // measurements of one file differed by up to 6 % on a busy machine. Of those the better score wins,
-// then the smaller file, then the earlier one, none of which a second run changes. Error bad_input unless all answered the same questions.
+// then the smaller file, then the earlier one, none of which a second run changes. Error bad_input
+// unless all answered the same questions.
 Choice choose(std::span<const Contender> contenders, const Goal& goal);
 
 }  // namespace moru

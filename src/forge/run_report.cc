@@ -271,11 +271,12 @@ std::string run_report_html(const std::filesystem::path& folder) {
   if (!run.skipped.empty()) {
     constexpr size_t kNamed = 4;
     const size_t named = std::min(kNamed, run.skipped.size());
-    body += tile("steps skipped", fmt::format("{}", run.skipped.size()),
-                 fmt::format("outliers: step {}{}",
-                             fmt::join(run.skipped.begin(),
-                                       run.skipped.begin() + static_cast<std::ptrdiff_t>(named), ", "),
-                             named < run.skipped.size() ? " …" : ""));
+    body +=
+        tile("steps skipped", fmt::format("{}", run.skipped.size()),
+             fmt::format("outliers: step {}{}",
+                         fmt::join(run.skipped.begin(),
+                                   run.skipped.begin() + static_cast<std::ptrdiff_t>(named), ", "),
+                         named < run.skipped.size() ? " …" : ""));
   }
   if (run.rate) body += tile("tokens per second", fmt::format("{:.0f}", *run.rate), "in training");
   if (finished)

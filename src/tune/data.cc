@@ -315,10 +315,9 @@ Dataset load_dataset(const std::filesystem::path& path, const ModelFiles& files,
 void refuse_unusable(const std::filesystem::path& path, const DataCounts& counts,
                      const RowProblem* first) {
   const std::string why =
-      first == nullptr
-          ? fmt::format("none of {} rows leaves a token to learn", counts.rows)
-          : fmt::format("no row can be used; line {}: {}{}{}", first->line, first->field,
-                        first->field.empty() ? "" : " ", first->what);
+      first == nullptr ? fmt::format("none of {} rows leaves a token to learn", counts.rows)
+                       : fmt::format("no row can be used; line {}: {}{}{}", first->line,
+                                     first->field, first->field.empty() ? "" : " ", first->what);
   throw Error(ErrorKind::bad_input,
               {.where = path.string(),
                .what = why,

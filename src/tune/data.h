@@ -1,9 +1,9 @@
 // Training data: rows of a file become token ids and a mask of what is to be learnt, through the
 // very template and tokenizer that serve the model.
 //
-// What a row may look like says rows.h. A conversation's answers are found by rendering it up to each answer and taking
-// what the answer adds, so templates need no marks. The token that ends a turn is learnt too: a
-// model that never learns it never stops.
+// What a row may look like says rows.h. A conversation's answers are found by rendering it up to
+// each answer and taking what the answer adds, so templates need no marks. The token that ends a
+// turn is learnt too: a model that never learns it never stops.
 #pragma once
 #include <cstdint>
 #include <filesystem>
@@ -34,8 +34,9 @@ struct DataOptions {
   std::string system;  // put before conversations that have no system message
   std::string prompt_column, completion_column;  // both or neither: the columns of a pair
   RowFormat format;                              // where no columns are named
-  bool nfc = false;  // texts are brought to Unicode's composed form; else they are taken as they are
-  size_t max_length = 1024;                      // tokens
+  bool nfc =
+      false;  // texts are brought to Unicode's composed form; else they are taken as they are
+  size_t max_length = 1024;  // tokens
   Truncation truncation = Truncation::keep_start;
   bool last_turn_only = false;  // learn the last answer of a conversation, not all
   // Learn prompts too: all of a conversation as the template renders it at its end, whatever

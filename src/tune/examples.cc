@@ -323,8 +323,9 @@ ExampleStats Examples::stats() const {
 
 Examples::Builder::Builder(const Examples& from)
     : from_(from),
-      places_(from.store_ ? std::make_unique<Places>(from.store_->spill(), from.store_->limit() / 16)
-                          : std::make_unique<Places>("", 0)) {}
+      places_(from.store_
+                  ? std::make_unique<Places>(from.store_->spill(), from.store_->limit() / 16)
+                  : std::make_unique<Places>("", 0)) {}
 Examples::Builder::~Builder() = default;
 
 void Examples::Builder::add(size_t place) { places_->add(from_.at(place)); }
@@ -359,12 +360,12 @@ class Account {
     if (into_.problems.size() < kKeptProblems) into_.problems.push_back({file, problem});
     if (++noted_ <= request_.max_bad) return;
     const FileProblem& first = into_.problems.front();
-    throw Error(ErrorKind::bad_input,
-                {.where = fmt::format("{}: line {}{}{}", first.file.string(), first.row.line,
-                                      first.row.field.empty() ? "" : ": ", first.row.field),
-                 .what = fmt::format("{}; {} rows are bad so far", first.row.what, noted_),
-                 .cure = fmt::format("correct them, or allow more than --max-bad {}",
-                                     request_.max_bad)});
+    throw Error(
+        ErrorKind::bad_input,
+        {.where = fmt::format("{}: line {}{}{}", first.file.string(), first.row.line,
+                              first.row.field.empty() ? "" : ": ", first.row.field),
+         .what = fmt::format("{}; {} rows are bad so far", first.row.what, noted_),
+         .cure = fmt::format("correct them, or allow more than --max-bad {}", request_.max_bad)});
   }
 
  private:
@@ -489,8 +490,9 @@ bool reuse(const LoadExamples& request, Examples::Store& store, std::vector<uint
   out.counts = counts_from(j["counts"]);
   per_source = j.value("per_source", std::vector<uint64_t>());
   for (const ordered_json& p : j.value("problems", ordered_json::array()))
-    out.problems.push_back({p.value("file", ""), {p.value("line", uint64_t{0}),
-                                                  p.value("field", ""), p.value("what", "")}});
+    out.problems.push_back(
+        {p.value("file", ""),
+         {p.value("line", uint64_t{0}), p.value("field", ""), p.value("what", "")}});
   uint64_t examples = 0;
   for (const uint64_t n : per_source) examples += n;
   return per_source.size() == request.sources.size() && examples == store.size();
@@ -527,9 +529,9 @@ LoadedExamples load_examples(Pool& pool, const LoadExamples& request, const Make
     uint64_t rows = 0;
     for (size_t s = 0; s < request.sources.size(); ++s) {
       per_source.push_back(load_source(pool, request, make, s, account, rows, *store));
-      if (per_source.back() == 0) refuse_unusable(request.sources[s].path, out.counts,
-                                                  out.problems.empty() ? nullptr
-                                                                       : &out.problems[0].row);
+      if (per_source.back() == 0)
+        refuse_unusable(request.sources[s].path, out.counts,
+                        out.problems.empty() ? nullptr : &out.problems[0].row);
     }
     if (store->finish()) {
       ordered_json problems = ordered_json::array();
@@ -621,8 +623,10 @@ ExampleSplit split_by_hash(const Examples& examples, double fraction) {
   ExampleStats all;
   examples.each([&](size_t, const ExampleView& e) {
     const uint64_t h = e.hash;
-    if (h < smallest) second = std::exchange(smallest, h);
-    else if (h > smallest && h < second) second = h;
+    if (h < smallest)
+      second = std::exchange(smallest, h);
+    else if (h > smallest && h < second)
+      second = h;
     largest = std::max(largest, h);
     all.add(e.ids.size(), e.learnt);
   });

@@ -29,8 +29,8 @@ struct ExampleView {
   std::span<const TokenId> ids;
   std::span<const uint8_t> trained;
   uint64_t line = 0;
-  size_t source = 0;  // which of the data sources
-  uint64_t hash = 0;  // of the prompt's text
+  size_t source = 0;     // which of the data sources
+  uint64_t hash = 0;     // of the prompt's text
   uint64_t content = 0;  // of ids and mask: equal examples have equal ones
   size_t learnt = 0;     // trained_tokens()
   uint32_t mark = 0;

@@ -43,10 +43,18 @@ ordered_json message(const std::string& role, const std::string& content) {
 // ShareGPT's words for roles, and OpenAI's.
 std::string known_role(const std::string& word) {
   static const std::map<std::string, std::string, std::less<>> kRoles = {
-      {"human", "user"},      {"user", "user"},          {"gpt", "assistant"},
-      {"model", "assistant"}, {"assistant", "assistant"}, {"bing", "assistant"},
-      {"system", "system"},   {"chatgpt", "assistant"},  {"developer", "system"},
-      {"tool", "tool"},       {"observation", "tool"},   {"function", "tool"},
+      {"human", "user"},
+      {"user", "user"},
+      {"gpt", "assistant"},
+      {"model", "assistant"},
+      {"assistant", "assistant"},
+      {"bing", "assistant"},
+      {"system", "system"},
+      {"chatgpt", "assistant"},
+      {"developer", "system"},
+      {"tool", "tool"},
+      {"observation", "tool"},
+      {"function", "tool"},
       {"function_call", "assistant"}};
   const auto found = kRoles.find(word);
   if (found == kRoles.end()) throw UnusableRow{"role", fmt::format("\"{}\" is no role", word)};
@@ -63,11 +71,11 @@ ordered_json calling_message(const std::string& value) {
   ordered_json list = ordered_json::array();
   for (const ordered_json& call : calls) {
     if (!call.is_object() || !call.contains("name") || !call["name"].is_string()) return out;
-    list.push_back(
-        {{"type", "function"},
-         {"function",
-          {{"name", call["name"]},
-           {"arguments", call.contains("arguments") ? call["arguments"] : ordered_json::object()}}}});
+    list.push_back({{"type", "function"},
+                    {"function",
+                     {{"name", call["name"]},
+                      {"arguments",
+                       call.contains("arguments") ? call["arguments"] : ordered_json::object()}}}});
   }
   out["content"] = "";
   out["tool_calls"] = std::move(list);
@@ -152,8 +160,12 @@ std::optional<bool> truth_of(const ordered_json& value) {
   if (value.is_boolean()) return value.get<bool>();
   if (value.is_number_integer() && (value == 0 || value == 1)) return value == 1;
   if (value.is_string())
-    for (const auto& [word, truth] : {std::pair{"true", true}, {"True", true}, {"1", true},
-                                      {"false", false}, {"False", false}, {"0", false}})
+    for (const auto& [word, truth] : {std::pair{"true", true},
+                                      {"True", true},
+                                      {"1", true},
+                                      {"false", false},
+                                      {"False", false},
+                                      {"0", false}})
       if (value == word) return truth;
   return std::nullopt;
 }
@@ -352,7 +364,8 @@ void check_answers(const ordered_json& answers, const char* field) {
 ordered_json to_json(const RowFormat& f) {
   const RowColumns& c = f.columns;
   const RowTags& t = f.tags;
-  return {static_cast<int>(f.shape), f.ranking,
+  return {static_cast<int>(f.shape),
+          f.ranking,
           {c.prompt, c.query, c.response, c.history, c.messages, c.system, c.tools, c.chosen,
            c.rejected, c.kto_tag},
           {t.role, t.content, t.user, t.assistant, t.observation, t.function, t.system}};
@@ -363,9 +376,8 @@ TrainingRow read_row(const ordered_json& row, const RowFormat& format) {
   if (out.kind == Kind::text) return out;
   rate(row, format, out);
   out.tools = tools_of(row, format.columns.tools);
-  if (const std::string system = format.columns.system.empty()
-                                     ? std::string()
-                                     : text_or_empty(row, format.columns.system);
+  if (const std::string system =
+          format.columns.system.empty() ? std::string() : text_or_empty(row, format.columns.system);
       !system.empty() && (out.messages.empty() || out.messages.front()["role"] != "system"))
     out.messages.insert(out.messages.begin(), message("system", system));
   if (out.kind == Kind::preference) {
@@ -462,11 +474,16 @@ std::vector<DataSetInfo> read_dataset_info(const std::filesystem::path& path,
       // A map leaves out what the rows do not have.
       RowColumns& c = format.columns;
       c.query = c.history = c.system = c.tools = "";
-      for (const auto& [key, into] :
-           {std::pair{"prompt", &c.prompt}, {"query", &c.query}, {"response", &c.response},
-            {"history", &c.history}, {"messages", &c.messages}, {"system", &c.system},
-            {"tools", &c.tools}, {"chosen", &c.chosen}, {"rejected", &c.rejected},
-            {"kto_tag", &c.kto_tag}})
+      for (const auto& [key, into] : {std::pair{"prompt", &c.prompt},
+                                      {"query", &c.query},
+                                      {"response", &c.response},
+                                      {"history", &c.history},
+                                      {"messages", &c.messages},
+                                      {"system", &c.system},
+                                      {"tools", &c.tools},
+                                      {"chosen", &c.chosen},
+                                      {"rejected", &c.rejected},
+                                      {"kto_tag", &c.kto_tag}})
         text(*columns, at, key, *into);
       if (format.shape == Shape::alpaca && !columns->contains("response") && !format.ranking &&
           !columns->contains("chosen") && c.kto_tag.empty())
@@ -474,10 +491,13 @@ std::vector<DataSetInfo> read_dataset_info(const std::filesystem::path& path,
     }
     if (const auto tags = info.find("tags"); tags != info.end() && tags->is_object()) {
       RowTags& t = format.tags;
-      for (const auto& [key, into] :
-           {std::pair{"role_tag", &t.role}, {"content_tag", &t.content}, {"user_tag", &t.user},
-            {"assistant_tag", &t.assistant}, {"observation_tag", &t.observation},
-            {"function_tag", &t.function}, {"system_tag", &t.system}})
+      for (const auto& [key, into] : {std::pair{"role_tag", &t.role},
+                                      {"content_tag", &t.content},
+                                      {"user_tag", &t.user},
+                                      {"assistant_tag", &t.assistant},
+                                      {"observation_tag", &t.observation},
+                                      {"function_tag", &t.function},
+                                      {"system_tag", &t.system}})
         text(*tags, name + ".tags", key, *into);
     }
     sets.push_back(std::move(set));

@@ -37,9 +37,9 @@ struct RowTags {
 };
 struct RowFormat {
   enum class Shape { detect, alpaca, sharegpt, openai, pair } shape = Shape::detect;
-  bool ranking = false;   // rows are preferences
-  RowColumns columns;     // of alpaca, sharegpt and openai; of pair prompt and response
-  RowTags tags;           // of sharegpt and openai
+  bool ranking = false;  // rows are preferences
+  RowColumns columns;    // of alpaca, sharegpt and openai; of pair prompt and response
+  RowTags tags;          // of sharegpt and openai
 };
 
 // Everything that decides how a row is read.

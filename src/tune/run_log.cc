@@ -143,8 +143,8 @@ RunLog::RunLog(const std::filesystem::path& folder, uint64_t step) : log_(folder
   make_folder(events);
   // Files are read in the order of their names.
   const double now = unix_seconds();
-  events_path_ = events / fmt::format("events.out.tfevents.{:010.0f}.moru.{}", std::floor(now),
-                                      ::getpid());
+  events_path_ =
+      events / fmt::format("events.out.tfevents.{:010.0f}.moru.{}", std::floor(now), ::getpid());
   events_.open(events_path_, std::ios::binary | std::ios::app);
   std::string version = event_head(now, 0);
   append_bytes(version, 3, "brain.Event:2");
@@ -166,7 +166,8 @@ void RunLog::write(const ordered_json& line) {
   append_line(log_, line.dump(-1, ' ', false, ordered_json::error_handler_t::replace));
   std::vector<std::pair<std::string, double>> scalars;
   for (const auto& [name, value] : line.items())
-    if (name != "step" && value.is_number()) scalars.emplace_back(tag_of(name), value.get<double>());
+    if (name != "step" && value.is_number())
+      scalars.emplace_back(tag_of(name), value.get<double>());
   if (!scalars.empty())
     write_event(scalar_event(unix_seconds(), line.value("step", int64_t{0}), scalars));
 }

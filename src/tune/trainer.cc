@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
-#include <nlohmann/json.hpp>
 #include <mutex>
+#include <nlohmann/json.hpp>
 #include <thread>
 
 #include "base/clock.h"
@@ -106,7 +106,8 @@ std::string fingerprint_of(const TuneOptions& o, const std::filesystem::path& ha
   // Beside those of the first schedules, so that checkpoints of before go on.
   if (const std::string own = schedule_kwargs(o.schedule); !own.empty()) j["schedule"] = own;
   for (const DataSource& s : o.data)
-    j["data"].push_back({remembered_sha256(s.path, hashes), to_json(s.format), s.weight, s.num_samples});
+    j["data"].push_back(
+        {remembered_sha256(s.path, hashes), to_json(s.format), s.weight, s.num_samples});
   j["rows"] = {o.rows.nfc, o.deduplicate};
   for (const Projection target : o.lora.targets) j["targets"].push_back(traits(target).name);
   return sha256(j.dump());
@@ -477,9 +478,9 @@ class Run {
     run.updates = adamw_->steps;
     run.seconds = seconds_before_ + watch_.seconds();
     write_checkpoint(checkpoint_, fingerprint_, run);
-    return fmt::format("{}: stopped after step {} of {}; all is saved (give the same command to go "
-                       "on)",
-                       o_.out.string(), run.step, steps_);
+    return fmt::format(
+        "{}: stopped after step {} of {}; all is saved (give the same command to go on)",
+        o_.out.string(), run.step, steps_);
   }
 
   // Computes what changes nothing of the run, which may be saved meanwhile.
@@ -577,7 +578,8 @@ class Run {
     const double lr = o_.lr * schedule_factor(schedule_, run_.step);
     if (!std::isfinite(found.loss) || !std::isfinite(norm))
       refuse_nan(found,
-                 fmt::format("{} of step {}", std::isfinite(found.loss) ? "gradient" : "loss", run_.step + 1));
+                 fmt::format("{} of step {}", std::isfinite(found.loss) ? "gradient" : "loss",
+                             run_.step + 1));
     const bool skips = is_outlier(found.loss, norm);
     if (skips) {
       ++run_.skipped;
@@ -741,7 +743,8 @@ class Run {
   ScheduleOptions schedule_;
   std::optional<RunLog> log_;
 
-  std::mutex still_;  // held but while a step's gradients are computed: while the run moves from one step's state to the next's
+  // Held while the run moves from one step's state to the next's: but while gradients are computed.
+  std::mutex still_;
   TrainingRun run_;
   OutlierGuard losses_, norms_;
   Permutation order_;  // of the epoch

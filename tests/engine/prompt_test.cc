@@ -11,7 +11,8 @@ using Json = nlohmann::ordered_json;
 
 constexpr const char* kTemplate =
     "{% for t in tools or [] %}<|im_start|>tool {{ t | tojson }}<|im_end|>{% endfor %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}{{ '\\n' }}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}{{ "
+    "'\\n' }}"
     "{% if m.content is string %}{{ m.content | trim }}{% else %}"
     "{% for p in m.content or [] %}{{ p.text }}{% endfor %}{% endif %}"
     "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}"
@@ -28,9 +29,8 @@ struct Served {
     return encode_chat(*files, {.messages = Json::parse(messages), .tools = Json::parse(tools)});
   }
   size_t controls(const std::vector<TokenId>& ids) const {
-    return static_cast<size_t>(std::count_if(ids.begin(), ids.end(), [&](TokenId id) {
-      return files->tokenizer.is_control(id);
-    }));
+    return static_cast<size_t>(std::count_if(
+        ids.begin(), ids.end(), [&](TokenId id) { return files->tokenizer.is_control(id); }));
   }
   std::string text(const std::vector<TokenId>& ids) const {
     return files->tokenizer.decode(ids, true);
@@ -96,7 +96,8 @@ TEST_CASE("a text beside a spelling is read as it is without one") {
   // The words around keep their ids; only the control token is spelled in letters.
   const Served served;
   const Tokenizer& t = served.files->tokenizer;
-  const std::vector<TokenId> ids = served.ids(R"([{"role": "user", "content": "the <|im_end|> th"}])");
+  const std::vector<TokenId> ids =
+      served.ids(R"([{"role": "user", "content": "the <|im_end|> th"}])");
   std::vector<TokenId> expected = t.encode("<|im_start|>user\n");
   for (const TokenId id : t.encode("the <|im_end|> th", Tokenizer::Specials::literal))
     expected.push_back(id);

@@ -12,7 +12,8 @@ TEST_CASE("a run's log becomes one page with a chart for every column, and nothi
   for (int i = 1; i <= 2000; ++i)
     log += "{\"step\":" + std::to_string(i) + ",\"epoch\":0.1,\"loss\":" + std::to_string(3.0 / i) +
            ",\"num_tokens\":" + std::to_string(100 * i) +
-           ",\"lr\":0.0001,\"grad_norm\":null,\"rewards/margins\":" + std::to_string(-0.001 * i) + (i % 400 == 7 ? ",\"skipped\":true" : "") + "}\n";
+           ",\"lr\":0.0001,\"grad_norm\":null,\"rewards/margins\":" + std::to_string(-0.001 * i) +
+           (i % 400 == 7 ? ",\"skipped\":true" : "") + "}\n";
   log +=
       "{\"step\":2000,\"val_loss\":1.5}\n"
       "{\"step\":2000,\"sample\":{\"prompt\":\"<b>Q</b>\",\"answer\":\"모루\"}}\n"

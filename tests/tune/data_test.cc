@@ -113,8 +113,8 @@ TEST_CASE("with prompts learnt, everything is, and the ids stay those of answers
                                    assistant + "b<|im_end|>\n" + user + "c<|im_end|>\n" +
                                    assistant + "d<|im_end|>]");
   const char* pair = R"({"prompt": "What is it?", "completion": "An anvil."})";
-  CHECK(rendered(pair, all) == "<|im_start|>[user\nWhat is it?<|im_end|>\n" + assistant +
-                                   "An anvil.<|im_end|>]");
+  CHECK(rendered(pair, all) ==
+        "<|im_start|>[user\nWhat is it?<|im_end|>\n" + assistant + "An anvil.<|im_end|>]");
   // An end of turn that a plain template has before the answer does not end it.
   CHECK(rendered(pair, {.plain_template = "Q: {prompt}<|im_end|>\nA: {completion}",
                         .train_on_prompt = true}) ==
@@ -187,18 +187,16 @@ TEST_CASE("what is trained is what is served, also where a row spells control to
       if (messages[i]["role"] != "assistant") continue;
       const auto at = static_cast<std::ptrdiff_t>(i);
       const std::vector<TokenId> asked = encode_chat(
-          model(),
-          {.messages = nlohmann::ordered_json(messages.begin(), messages.begin() + at),
-           .add_generation_prompt = true});
+          model(), {.messages = nlohmann::ordered_json(messages.begin(), messages.begin() + at),
+                    .add_generation_prompt = true});
       REQUIRE(e.ids.size() > asked.size());
       CHECK(std::equal(asked.begin(), asked.end(), e.ids.begin()));
       CHECK(e.trained[asked.size() - 1] == 0);
       CHECK(e.trained[asked.size()] == 1);
     }
     // Control tokens: two a message, less the end of line after the last.
-    const auto controls = std::count_if(e.ids.begin(), e.ids.end(), [&](TokenId id) {
-      return model().tokenizer.is_control(id);
-    });
+    const auto controls = std::count_if(
+        e.ids.begin(), e.ids.end(), [&](TokenId id) { return model().tokenizer.is_control(id); });
     CHECK(static_cast<size_t>(controls) == 2 * messages.size());
   }
   // The same under a plain template.

@@ -125,12 +125,12 @@ TEST_CASE("every number of the log becomes a scalar under the names that people 
   const Events events = read_events(dir.path() / "tensorboard");
   CHECK(events.version == "brain.Event:2");
   CHECK(events.restarts.empty());
-  CHECK(events.scalars == std::map<std::pair<std::string, int64_t>, float>{
-                              {{"eval/loss", 0}, 3.5f},
-                              {{"train/loss", 1}, 2.5f},
-                              {{"train/learning_rate", 1}, 1e-4f},
-                              {{"train/loss", 300}, 2.25f},
-                              {{"train/rewards/margins", 300}, -0.5f}});
+  CHECK(events.scalars ==
+        std::map<std::pair<std::string, int64_t>, float>{{{"eval/loss", 0}, 3.5f},
+                                                         {{"train/loss", 1}, 2.5f},
+                                                         {{"train/learning_rate", 1}, 1e-4f},
+                                                         {{"train/loss", 300}, 2.25f},
+                                                         {{"train/rewards/margins", 300}, -0.5f}});
 }
 
 TEST_CASE("a run that starts again forgets what was written after its checkpoint") {
