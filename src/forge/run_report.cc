@@ -27,6 +27,8 @@ using svg::Svg;
 // More points than a page has pixels are averaged.
 constexpr size_t kMaxPoints = 600;
 constexpr size_t kMaxSamples = 40;
+// Columns of validation, drawn beside the training's of the same name.
+constexpr std::string_view kValidation = "val_";
 
 struct Series {
   const char* style;  // "train" or "valid"
@@ -97,8 +99,9 @@ Run read_run(const std::filesystem::path& folder) {
     run.steps = std::max(run.steps, static_cast<uint64_t>(step));
     for (const auto& [name, value] : j.items()) {
       if (is_count(name) || !value.is_number()) continue;
-      if (name != "val_loss" && std::find(order.begin(), order.end(), name) == order.end())
-        order.push_back(name);
+      const std::string chart =
+          name.starts_with(kValidation) ? name.substr(kValidation.size()) : name;
+      if (std::find(order.begin(), order.end(), chart) == order.end()) order.push_back(chart);
       if (std::isfinite(value.get<double>())) columns[name].push_back({step, value.get<double>()});
     }
     if (const auto skipped = j.find("skipped"); skipped != j.end() && *skipped == true)
@@ -117,8 +120,8 @@ Run read_run(const std::filesystem::path& folder) {
   for (const std::string& name : order) {
     Chart chart{.title = title_of(name)};
     if (!columns[name].empty()) chart.series.push_back({"train", "training batch", columns[name]});
-    if (name == "loss" && !columns["val_loss"].empty())
-      chart.series.push_back({"valid", "validation", columns["val_loss"]});
+    const std::vector<Point>& validation = columns[std::string(kValidation) + name];
+    if (!validation.empty()) chart.series.push_back({"valid", "validation", validation});
     if (!chart.series.empty()) run.charts.push_back(std::move(chart));
   }
   if (run.samples.size() > kMaxSamples)

@@ -15,7 +15,7 @@ TEST_CASE("a run's log becomes one page with a chart for every column, and nothi
            ",\"lr\":0.0001,\"grad_norm\":null,\"rewards/margins\":" + std::to_string(-0.001 * i) +
            (i % 400 == 7 ? ",\"skipped\":true" : "") + "}\n";
   log +=
-      "{\"step\":2000,\"val_loss\":1.5}\n"
+      "{\"step\":2000,\"val_loss\":1.5,\"val_rewards/margins\":-1.5}\n"
       "{\"step\":2000,\"sample\":{\"prompt\":\"<b>Q</b>\",\"answer\":\"모루\"}}\n"
       "{\"step\":2001,\"lo";  // killed while it wrote
   dir.file("log.jsonl", log);
@@ -29,6 +29,12 @@ TEST_CASE("a run's log becomes one page with a chart for every column, and nothi
   }
   CHECK(page.find("<h2>Gradient norm</h2>") == std::string::npos);  // it has no numbers
   CHECK(page.find("num_tokens") == std::string::npos);
+  // Validation stands in the chart of what it validates, wide and narrow.
+  CHECK(page.find("<h2>val_") == std::string::npos);
+  size_t validations = 0;
+  for (size_t at = 0; (at = page.find(">validation<", at)) != std::string::npos; ++at)
+    ++validations;
+  CHECK(validations == 4);
   for (const char* part : {"://", "src=", "href="}) CHECK(page.find(part) == std::string::npos);
   CHECK(page.find("nan") == std::string::npos);
   CHECK(page.size() < 400'000);  // thinned
