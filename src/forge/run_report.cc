@@ -224,7 +224,7 @@ std::string samples_section(const std::vector<Sample>& samples) {
   return out + "</tbody>\n</table>\n</section>\n";
 }
 
-// tune.json, one line a value.
+// tune.json, one line a value that there is.
 std::string facts_section(const ordered_json& result) {
   if (!result.is_object()) return "";
   std::string out = "<section>\n<h2>Result</h2>\n<table class=\"facts\">\n<tbody>\n";
@@ -235,6 +235,7 @@ std::string facts_section(const ordered_json& result) {
             add(name.empty() ? key : name + " " + key, part);
           return;
         }
+        if (value == "") return;
         std::string label = name;
         std::replace(label.begin(), label.end(), '_', ' ');
         const std::string words = value.is_string() ? value.get<std::string>()

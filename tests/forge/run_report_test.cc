@@ -38,7 +38,11 @@ TEST_CASE("a run's log becomes one page with a chart for every column, and nothi
   for (const char* part : {"://", "src=", "href="}) CHECK(page.find(part) == std::string::npos);
   CHECK(page.find("nan") == std::string::npos);
   CHECK(page.size() < 400'000);  // thinned
-  dir.file("tune.json", "{\"steps\": 2000, \"seconds\": 65.5, \"peak_bytes\": 5000000}");
-  CHECK(run_report_html(dir.path()).find("Finished after 2000 steps.") != std::string::npos);
+  dir.file("tune.json",
+           "{\"model\": \"\", \"steps\": 2000, \"seconds\": 65.5, \"peak_bytes\": 5000000}");
+  const std::string finished = run_report_html(dir.path());
+  CHECK(finished.find("Finished after 2000 steps.") != std::string::npos);
+  CHECK(finished.find(">peak bytes</th><td>5000000<") != std::string::npos);
+  CHECK(finished.find(">model</th>") == std::string::npos);  // there is none
   CHECK(error_from([] { run_report_html("/nowhere"); }).kind() == ErrorKind::not_found);
 }
