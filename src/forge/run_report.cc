@@ -52,7 +52,8 @@ struct Run {
   ordered_json result;  // tune.json; null while the run is not finished
   uint64_t steps = 0;
   std::vector<uint64_t> skipped;  // steps that were outliers
-  std::optional<double> first_validation, last_validation, last_loss, rate;
+  std::optional<double> first_validation, last_loss, rate;
+  std::optional<Point> best_validation;  // (step, loss): what the run keeps
 };
 
 std::vector<Point> thinned(const std::vector<Point>& points) {
@@ -114,9 +115,12 @@ Run read_run(const std::filesystem::path& folder) {
     return columns[name].empty() ? std::nullopt : std::optional(columns[name].back().y);
   };
   run.last_loss = last("loss");
-  run.last_validation = last("val_loss");
   run.rate = last("tokens_per_second");
-  if (!columns["val_loss"].empty()) run.first_validation = columns["val_loss"].front().y;
+  if (const std::vector<Point>& losses = columns["val_loss"]; !losses.empty()) {
+    run.first_validation = losses.front().y;
+    run.best_validation = *std::min_element(
+        losses.begin(), losses.end(), [](const Point& a, const Point& b) { return a.y < b.y; });
+  }
   for (const std::string& name : order) {
     Chart chart{.title = title_of(name)};
     if (!columns[name].empty()) chart.series.push_back({"train", "training batch", columns[name]});
@@ -267,9 +271,10 @@ std::string run_report_html(const std::filesystem::path& folder) {
       escape_markup(name),
       finished ? fmt::format("Finished after {} steps.", run.steps)
                : fmt::format("Under way: {} steps so far.", run.steps));
-  if (run.last_validation)
-    body += tile("validation loss", fmt::format("{:.4f}", *run.last_validation),
-                 fmt::format("{:.4f} before", *run.first_validation));
+  if (run.best_validation)
+    body += tile("validation loss", fmt::format("{:.4f}", run.best_validation->y),
+                 fmt::format("best, at step {:.0f}; {:.4f} before", run.best_validation->x,
+                             *run.first_validation));
   if (run.last_loss)
     body += tile("training loss", fmt::format("{:.4f}", *run.last_loss), "last step");
   if (!run.skipped.empty()) {

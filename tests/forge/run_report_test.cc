@@ -15,6 +15,7 @@ TEST_CASE("a run's log becomes one page with a chart for every column, and nothi
            ",\"lr\":0.0001,\"grad_norm\":null,\"rewards/margins\":" + std::to_string(-0.001 * i) +
            (i % 400 == 7 ? ",\"skipped\":true" : "") + "}\n";
   log +=
+      "{\"step\":1000,\"val_loss\":1.25}\n"
       "{\"step\":2000,\"val_loss\":1.5,\"val_rewards/margins\":-1.5}\n"
       "{\"step\":2000,\"sample\":{\"prompt\":\"<b>Q</b>\",\"answer\":\"모루\"}}\n"
       "{\"step\":2001,\"lo";  // killed while it wrote
@@ -22,7 +23,8 @@ TEST_CASE("a run's log becomes one page with a chart for every column, and nothi
   const std::string page = run_report_html(dir.path());
   for (const char* part :
        {"<h2>Loss</h2>", "<h2>Learning rate</h2>", "<h2>rewards/margins</h2>",
-        "Under way: 2000 steps", "1.5000", ">1e-4<", "&lt;b&gt;Q&lt;/b&gt;", "모루",
+        "Under way: 2000 steps", "<dd>1.2500<small>best, at step 1000; 3.0000 before</small>",
+        ">1e-4<", "&lt;b&gt;Q&lt;/b&gt;", "모루",
         "<dt>steps skipped</dt><dd>5<small>outliers: step 7, 407, 807, 1207 …</small>"}) {
     CAPTURE(part);
     CHECK(page.find(part) != std::string::npos);
