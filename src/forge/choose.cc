@@ -74,6 +74,27 @@ std::string outcome_without_choice(const Contender& best, const Tally& score, co
   return outcome;
 }
 
+// Why the chosen one of `good` good-enough candidates is it: of those whose costs tie, that is, not
+// always the one that cost least in this run.
+struct Reason {
+  std::string verdict, outcome;
+};
+
+Reason reason_of(size_t candidates, size_t good, size_t tied, bool is_cheapest) {
+  if (good == 1)
+    return {"the only one that is good enough",
+            fmt::format("of {} candidates the only one that is good enough", candidates)};
+  if (is_cheapest)
+    return {"the cheapest that is good enough",
+            fmt::format("the cheapest of {} candidates that are good enough", good)};
+  const double percent = 100 * (kCostTie - 1);
+  return {fmt::format("the best of {} good enough that cost within {:.0f} % of the cheapest", tied,
+                      percent),
+          fmt::format("of {} candidates that are good enough, {} cost within {:.0f} % of the "
+                      "cheapest, which another run may order otherwise, and it is the best of them",
+                      good, tied, percent)};
+}
+
 }  // namespace
 
 void check_goal(const Goal& goal) {
@@ -122,9 +143,11 @@ Choice choose(std::span<const Contender> contenders, const Goal& goal) {
   const auto rank = [&](size_t i) {  // lower is better
     return std::tuple(-static_cast<double>(scores[i].correct), contenders[i].file_bytes, i);
   };
+  size_t tied = 0;
   for (size_t i = 0; i < contenders.size(); ++i) {
     if (!choice.judgements[i].good_enough) continue;
     if (contenders[i].usd_per_1000 > cheapest * kCostTie) continue;
+    ++tied;
     if (!choice.chosen || rank(i) < rank(*choice.chosen)) choice.chosen = i;
   }
   if (!choice.chosen) {
@@ -133,17 +156,12 @@ Choice choose(std::span<const Contender> contenders, const Goal& goal) {
   }
   const Contender& winner = contenders[*choice.chosen];
   const Tally& score = scores[*choice.chosen];
-  choice.judgements[*choice.chosen].verdict = good == 1
-                                                  ? "chosen: the only one that is good enough"
-                                                  : "chosen: the cheapest that is good enough";
+  const Reason reason = reason_of(contenders.size(), good, tied, winner.usd_per_1000 <= cheapest);
+  choice.judgements[*choice.chosen].verdict = "chosen: " + reason.verdict;
   choice.outcome = fmt::format(
       "{} is chosen: {}. It answers {} of {} questions (95 % interval {}) at {} per 1,000 answers.",
-      winner.name,
-      good == 1
-          ? fmt::format("of {} candidates the only one that is good enough", contenders.size())
-          : fmt::format("the cheapest of {} candidates that are good enough", good),
-      format_score(score.accuracy()), score.total, format_interval(score.interval),
-      format_usd(winner.usd_per_1000));
+      winner.name, reason.outcome, format_score(score.accuracy()), score.total,
+      format_interval(score.interval), format_usd(winner.usd_per_1000));
   return choice;
 }
 

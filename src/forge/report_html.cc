@@ -50,7 +50,8 @@ table { border-collapse: collapse; width: 100%; font-size: .93rem;
   font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .5rem .7rem .5rem 0;
   border-bottom: 1px solid var(--line); }
-thead th { color: var(--soft); font-weight: 500; font-size: .84rem; vertical-align: bottom; }
+thead th { color: var(--soft); font-weight: 500; font-size: .84rem; vertical-align: bottom;
+  overflow-wrap: normal; }
 tbody tr:last-child > * { border-bottom: 0; }
 td small, th small { display: block; color: var(--soft); font-weight: 400; }
 th[scope=row] { font-weight: 600; }

@@ -101,6 +101,13 @@ TEST_CASE("costs within a tenth are a tie that quality, then size, then order de
   field.add("better", 1000, 903, 0.00108, 300);
   field.add("dear", 1000, 950, 0.00111, 100);
   CHECK(field.chosen({.at_least = 0.85}) == "better");
+  const Choice choice = choose(field.contenders, {.at_least = 0.85});
+  CHECK(choice.judgements[1].verdict ==
+        "chosen: the best of 2 good enough that cost within 10 % of the cheapest");
+  CHECK(
+      choice.outcome.starts_with("better is chosen: of 3 candidates that are good enough, 2 cost "
+                                 "within 10 % of the cheapest, which another run may order "
+                                 "otherwise, and it is the best of them. It answers 0.903"));
   field.add("smaller", 1000, 903, 0.00109, 250);
   CHECK(field.chosen({.at_least = 0.85}) == "smaller");
   field.add("twin", 1000, 903, 0.00100, 250);
