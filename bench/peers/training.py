@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """moru's training beside torch: one table of one run, on an otherwise idle machine.
 
-    bench/peers/training.py TRAIN_BENCH [--only lora,rows,short,full,pairs,gemma,packed] [--text FILE]
-                            [--rounds N] [--wrap COMMAND]
+    bench/peers/training.py TRAIN_BENCH [--only lora,rows,short,full,finetune,pairs,gemma,packed]
+                            [--text FILE] [--rounds N] [--wrap COMMAND]
 
 torch, transformers and PEFT run in this interpreter's environment (start it with the peers' python);
 models are looked for in $MORU_PEERS (default ~/.cache/moru-peers). Both sides use --threads threads,
 bf16 and the same tokens, the first of --text or else even draws from the vocabulary (which no model
 expects, so that moru's head finds nothing to leave out); the best of three steps counts, and of
 --rounds rounds, in which the two take turns, the median, beside the lowest and highest ratio of a
-round. "packed" (QLoRA) is compared with moru's own LoRA of the same round. A peer runs in a process of its own, so
-that its peak memory is its own. What TRL does for a step of DPO without precomputed reference: the
+round. "packed" (QLoRA) is compared with moru's own LoRA of the same round, "finetune" with llama.cpp's
+llama-finetune, which learns every weight of an f32 file. A peer runs in a process of its own, so that
+its peak memory is its own. What TRL does for a step of DPO without precomputed reference: the
 policy's and the reference's forward pass over both answers, each with its own prompt, the same
 forward pass being the reference's with the adapter off. Rows of unequal length are padded to the
 longest of their batch, TRL's default; of one batch of 64 and eight of 8, TRL's default again, the
@@ -19,9 +20,11 @@ faster one counts.
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from statistics import median
 
 PEERS = os.environ.get("MORU_PEERS", os.path.expanduser("~/.cache/moru-peers"))
@@ -32,6 +35,7 @@ ROWS = {  # name: model, bench's shape, bench's flags, the peer's mode
     "rows": (SMOL, "rows", [], "rows"),
     "short": (SMOL, "short", [], "short"),
     "full": (SMOL, "full", [], "full"),
+    "finetune": (SMOL, "full", [], "finetune"),
     "pairs": (SMOL, "pairs", [], "pairs"),
     "gemma": (GEMMA, "lora", [], "lora"),
     "packed": (f"{PEERS}/models/SmolLM2-135M-Q4_K_M.gguf", "lora", ["--packed"], None),
@@ -56,8 +60,32 @@ def tokens(model_path, shape, vocab, text):
     return torch.tensor((ids * (count // len(ids) + 1))[:count]).reshape(shape)
 
 
+def llama_finetune(threads, text):
+    """Tokens a second of 16 windows of 512, of which half is new, and the process's peak memory."""
+    import resource
+    model = f"{PEERS}/models/SmolLM2-135M-Instruct-F32.gguf"
+    if not os.path.exists(model):
+        sys.exit(f"{model} is missing: moru lighten {SMOL} --type F32 -o {model}")
+    if not text:
+        sys.exit("finetune learns words: give --text")
+    with tempfile.TemporaryDirectory() as folder:
+        with open(text) as file, open(f"{folder}/text", "w") as start:
+            start.write(file.read()[:25_000])
+        done = subprocess.run([f"{PEERS}/bin/llama-finetune", "-m", model, "-f", f"{folder}/text", "-c", "512",
+                               "-b", "512", "-ub", "512", "-t", str(threads), "--epochs", "1",
+                               "-o", f"{folder}/learnt.gguf"], capture_output=True, text=True)
+    told = re.findall(r"train: .*?data=(\d+)/.*?t=(\d+):(\d+):(\d+)", done.stdout + done.stderr)
+    if done.returncode != 0 or not told:
+        sys.exit(f"llama-finetune: {done.stderr[-400:]}")
+    count, hours, minutes, seconds = map(int, told[-1])
+    return {"tokens_per_second": 512 * count / (3600 * hours + 60 * minutes + seconds),
+            "peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024}
+
+
 def peer(model_path, mode, threads, text):
     """One measurement in this process: prints a line of JSON."""
+    if mode == "finetune":
+        return print(json.dumps(llama_finetune(threads, text)))
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -154,7 +182,7 @@ def main():
     args = parser.parse_args()
     if args.peer:
         return peer(args.bench, args.peer, args.threads, args.text)
-    print(f"{'':10}{'moru t/s':>10}{'of products':>13}{'peak MB':>9}{'torch t/s':>11}{'peak MB':>9}"
+    print(f"{'':10}{'moru t/s':>10}{'of products':>13}{'peak MB':>9}{'peer t/s':>11}{'peak MB':>9}"
           f"{'ratio':>8}{'lowest':>8}{'highest':>8}")
     for name in args.only.split(","):
         rounds = [measure(name, args) for _ in range(args.rounds)]
