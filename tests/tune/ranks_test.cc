@@ -213,7 +213,7 @@ TEST_CASE("a run that is stopped through mpirun saves what it has, also within a
     };
     // Enough of them that a busy machine does not end the run before mpirun passes the signal on.
     if (long_steps) more.insert(more.end(), {"--max-steps", "12"});
-    if (!long_steps) more.insert(more.end(), {"--max-steps", "6000"});
+    if (!long_steps) more.insert(more.end(), {"--max-steps", "4000"});
     REQUIRE(run(2, words(name + "_whole")).code == 0);
     Program program(mpirun(2, words(name)), "mpirun");
     std::thread stopper([&] {
