@@ -207,13 +207,13 @@ TEST_CASE("a run that is stopped through mpirun saves what it has, also within a
       const auto validates = std::find(all.begin(), all.end(), "--eval-steps");
       all.erase(validates, validates + 2);
       // Short ones are so many that their lines would fill a pipe that mpirun does not read.
-      set("--batch-size", long_steps ? "12000" : "1");
+      set("--batch-size", long_steps ? "12000" : "4");
       if (long_steps) set("--micro-batch-tokens", "64");
       return all;
     };
     // Enough of them that a busy machine does not end the run before mpirun passes the signal on.
     if (long_steps) more.insert(more.end(), {"--max-steps", "12"});
-    if (!long_steps) more.insert(more.end(), {"--max-steps", "4000"});
+    if (!long_steps) more.insert(more.end(), {"--max-steps", "3000"});
     REQUIRE(run(2, words(name + "_whole")).code == 0);
     Program program(mpirun(2, words(name)), "mpirun");
     std::thread stopper([&] {
