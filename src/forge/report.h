@@ -34,7 +34,7 @@ struct Candidate {
   size_t correct = 0, total = 0;
   Interval interval = {};
   double tokens_per_second = 0;  // in and out
-  double seconds = 0;            // wall time of all its answers
+  double seconds = 0;            // the machine's time of all its answers
   double usd_per_1000 = 0;       // answers
 
   // Against the best candidate on the same questions; absent for the best one and for vendors.

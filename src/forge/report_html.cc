@@ -250,9 +250,9 @@ std::string candidates(const ForgeReport& r) {
       "<p class=\"note\">All measured candidates answered the same {} questions on this machine. "
       "Intervals are Wilson’s. “Against the best” counts questions answered wrong (−) and right "
       "(+) "
-      "that the best candidate answered otherwise, with McNemar’s exact test. Cost is measured "
-      "wall "
-      "time at {} per machine hour. Vendors’ prices are for as many tokens as this data has on "
+      "that the best candidate answered otherwise, with McNemar’s exact test. Cost is the "
+      "machine’s time, processor time over threads, at {} per machine hour. Vendors’ prices are "
+      "for as many tokens as this data has on "
       "average, by the measured model’s count.</p>\n</section>\n",
       r.questions.rows, text(format_usd(r.machine_usd_per_hour)));
   return out;
